@@ -1,0 +1,179 @@
+"""raysparse: train large models with most of their weights absent.
+
+raysparse plan      configs/pretrain/spdf_gpt3_xl.yaml          what a run will be: layers, nnz, FLOPs, memory, bytes
+raysparse pretrain  configs/debug.yaml --local                  train in this process, breakpoint() works
+raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RAY_ADDRESS, else a local one)
+raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
+raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
+raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
+raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raysparse.config import Config, ConfigError, load, merge, parse_override, read_yaml
+
+HELP = {
+    "plan": ("show what a run will be, and train nothing", "Prints the resolved config, every sparse layer with its exact number of "
+             "live weights (nnz), counted FLOPs, and the estimated memory and communication of a rank."),
+    "pretrain": ("pre-train, dense or with static masks", "Tokenizes the data once (cached), then trains on Ray Train workers. The same "
+                 "command again goes on from the last checkpoint. The run folder ends with summary.json and export/, a "
+                 "Hugging Face model."),
+    "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
+                 "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
+    "evaluate": ("score a model on a task", "Every worker answers its share of the examples; outputs.jsonl keeps the answers."),
+    "export": ("turn a run's checkpoint into a Hugging Face folder", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
+               "AutoModelForCausalLM.from_pretrained loads the result."),
+    "compare": ("pre-train a dense twin and a sparse model, fine-tune both, compare", "Runs all stages in one worker group and ends "
+                "with a table and report.html."),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status: 0 done, 1 the run failed, 2 the user can mend it."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        files = [word for word in args.words if "=" not in word]
+        overrides = [word for word in args.words if "=" in word]
+        if args.keys:
+            print(_keys(_config_type(args.verb, files, overrides)))
+            return 0
+        return _run(args, files, overrides)
+    except ConfigError as error:
+        print(f"raysparse: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("raysparse: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from raysparse.train.loop import TrainingError
+
+    kind = _config_type(args.verb, files, overrides)
+    if getattr(args, "local", False):
+        overrides = [*overrides, "run.workers=1"]
+    config = load(kind, files, overrides)
+    try:
+        facts, text = _verb(args.verb)(config, args)
+    except TrainingError as error:
+        print(f"raysparse: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(facts, indent=1) if args.json else text)
+    return 0
+
+
+def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
+    return {"plan": _plan, "export": _export, "compare": _compare}.get(verb, _train)
+
+
+def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import plan
+
+    facts = plan.plan(config)
+    return facts, plan.show(facts, config)
+
+
+def _train(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse import recipes
+
+    recipe = recipes.MODULES[args.verb]
+    if args.dry_run:
+        facts = recipe.dry_run(config)
+        return facts, f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    job = recipe.open_run(config)
+    (summary,) = carry_out([job], config.run, args.local)
+    return summary, recipes.text(summary, job)
+
+
+def _export(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import export
+
+    facts = export.dry_run(config) if args.dry_run else export.export(config)
+    return facts, "\n".join(f"{key:<12} {value}" for key, value in facts.items())
+
+
+def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import compare
+
+    if args.dry_run:
+        return compare.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
+
+
+def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
+    """In this very process, or on Ray."""
+    from raysparse.train.metrics import Console
+
+    console = Console()
+    if not local:
+        from raysparse.runtime.launch import launch
+
+        return launch(jobs, run, console)
+    from raysparse.runtime.local import run_here
+
+    return run_here(jobs, run, console)
+
+
+def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Config]:
+    """The verb's config; `plan` takes the config of any training verb and tells them apart by their keys."""
+    from raysparse.recipes import CONFIGS
+
+    if verb != "plan":
+        return CONFIGS[verb]
+    values: dict[str, Any] = {}
+    for more in [*map(read_yaml, files), *map(parse_override, overrides)]:
+        values = merge(values, more)
+    if "task" in values or "stages" in values:
+        raise ConfigError(
+            "Expected a pre-training config for `raysparse plan`. Got one of another verb. Use VERB --dry-run for it."
+        )
+    return CONFIGS["pretrain"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("raysparse", description=__doc__, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (short, text) in HELP.items():
+        epilog = (
+            f"examples:\n  raysparse {verb} CONFIG.yaml sparsity.target=0.75 run.workers=2\n"
+            f"  raysparse {verb} --keys          every key, its default and what it does\n\n"
+            "CONFIG files merge left to right, overrides after them; values are YAML. An override that names a `type`\n"
+            "replaces the whole section: sparsity.distribution.type=er."
+        )
+        sub = verbs.add_parser(verb, help=short, description=f"{short}.\n\n{text}", epilog=epilog, formatter_class=form)
+        sub.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config files and overrides, in any order")
+        sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout; all else goes to stderr")
+        sub.add_argument("--keys", action="store_true", help="explain every key of the config and stop")
+        sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
+        if verb not in ("plan", "export"):
+            sub.add_argument("--local", action="store_true", help="one worker in this process, without Ray: breakpoint() works")
+    return parser
+
+
+def _keys(kind: type[Config], prefix: str = "") -> str:
+    """Every dotted key with its type, default and docstring."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config):
+            lines.append(f"\n{prefix}{name}: {(inner.__doc__ or '').strip().splitlines()[0]}")
+            lines.append(_keys(inner, f"{prefix}{name}."))
+            continue
+        default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
+        shown = default.model_dump() if isinstance(default, Config) else default
+        lines.append(f"  {prefix}{name} = {shown}")
+        if field.description:
+            lines.append("      " + " ".join(field.description.split()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

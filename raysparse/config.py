@@ -1,0 +1,133 @@
+"""Configs are frozen pydantic models, read from YAML files and ``dotted.key=value`` overrides.
+
+One merge rule, for files and overrides alike: mappings merge deeply, but a mapping that names a ``type`` replaces what was
+there, so that ``sparsity.distribution.type=er`` cannot inherit stray keys of another distribution. There are no environment
+variables and no interpolation: what ``raysparse plan`` prints is all there is.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """What a user wrote cannot be run. The message says what was expected, what was found and what to do."""
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, complete, and an unknown key is an error.
+
+    The docstring under a field is its help text; ``raysparse VERB --help`` prints it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the config's canonical JSON: equal configs, equal digests, on any machine."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The complete config, defaults included; ``load`` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Self:
+        """Validate plain data; on failure raise one `ConfigError` that lists every problem."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = [_describe(problem) for problem in error.errors()]
+            raise ConfigError(
+                f"Expected a valid {cls.__name__}. Got {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
+                + "\n".join(f"  {problem}" for problem in problems)
+                + "\nCorrect these keys; `raysparse plan CONFIG` prints the resolved config."
+            ) from None
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(cls: type[C], files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> C:
+    """Defaults < files, left to right < overrides, left to right.
+
+    Args:
+        files: YAML files, each holding one mapping.
+        overrides: ``dotted.key=value``; the value is read as YAML (``0.75``, ``true``, ``[1, 2]``, ``{type: er}``).
+
+    Raises:
+        ConfigError: a missing or malformed file, a malformed override, or invalid keys and values, all of them at once.
+    """
+    values: dict[str, Any] = {}
+    for file in files:
+        values = merge(values, read_yaml(file))
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return cls.check(values)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """One YAML mapping from a file, or a `ConfigError`."""
+    path = Path(file)
+    if not path.is_file():
+        near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise ConfigError(
+            f"Expected a config file at {path}. Got none there. " + (f"Beside it lie: {near}." if near else "Check the path.")
+        )
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected YAML in {path}. Got: {error}. Mend the file.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"Expected a mapping in {path}. Got a {type(values).__name__}. Write `key: value` lines.")
+    return values
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``a.b=1`` -> ``{"a": {"b": 1}}``."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"Expected an override of the form dotted.key=value. Got {text!r}. Example: sparsity.target=0.75")
+    try:
+        result: Any = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Expected YAML after the = of {text!r}. Got: {error}. Quote the value.") from None
+    for part in reversed(key.strip().split(".")):
+        result = {part: result}
+    return result
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`: mappings merge deeply; a mapping that names a ``type`` replaces. Neither argument is changed."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and "type" not in value:
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = merge({}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "(the whole config)"
+    got = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r})"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 and 1_000.5 as numbers: YAML 1.1 wants 3.0e-4, which nobody writes."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,42 @@
+"""What the training loop eats: a batch is a function of one integer, the same at any world size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that is not predicted (padding, the source of a pair)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a global batch.
+
+    Attributes:
+        input_ids: [rows, length] int64.
+        labels: [rows, length] int64, already shifted: ``labels[b, t]`` is the token that follows ``input_ids[b, :t + 1]``,
+            or `IGNORED`.
+        attention_mask: [rows, length] bool, True where a token may be attended to; None = everywhere.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        mask = None if self.attention_mask is None else self.attention_mask[start:stop]
+        return Batch(self.input_ids[start:stop], self.labels[start:stop], mask)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+class Feed(Protocol):
+    """A pure function of the step: no iterator state, so resuming needs one integer and any world size sees the same order."""
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """Rows `rows` (indices into the global batch) of the batch of `step` (0-based)."""
+        ...

@@ -1,0 +1,164 @@
+"""Fine-tuning data: prompt, separator, answer, end of text in one row; only the answer is predicted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raysparse.config import ConfigError
+from raysparse.data.batch import IGNORED, Batch
+from raysparse.data.order import Ints, in_order, shuffled
+from raysparse.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Token ids of all pairs, one after the other.
+
+    Attributes:
+        ids: [tokens] of all rows; row k is ``ids[first[k] : first[k + 1]]``: prompt, separator, answer, end of text.
+        first: [num_pairs + 1].
+        num_prompt: [num_pairs], tokens of prompt and separator.
+        num_truncated: pairs whose prompt was cut at its end, before the separator, to fit the context.
+        num_truncated_targets: pairs whose answer was longer than half the context and was cut to that.
+    """
+
+    ids: NDArray[np.int32]
+    first: Ints
+    num_prompt: Ints
+    context: int
+    pad_id: int
+    num_truncated: int
+    num_truncated_targets: int
+
+    @staticmethod
+    def encode(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -> "PairRows":
+        """Every (example, reference) is a pair; `context` is the longest `Batch.input_ids`, one less than a whole row."""
+        if not examples:
+            raise ConfigError("Expected examples to train or validate on. Got none. Check task and its max_examples.")
+        pairs = [(task.prompt(example), reference) for example in examples for reference in example.references]
+        for prompt, target in pairs:
+            if not target.strip():
+                raise ConfigError(f"Expected a target for every prompt. Got none for {prompt!r:.80}. Remove the pair.")
+        separator = _separator(tokenizer, task, context)
+        rows: list[list[int]] = []
+        num_prompt: list[int] = []
+        num_truncated = num_truncated_targets = 0
+        prompts, targets = (_encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
+        for prompt, target in zip(prompts, targets, strict=True):
+            num_truncated_targets += len(target) > context // 2
+            target = [*target[: context // 2], tokenizer.eos_token_id]
+            room = context + 1 - len(separator) - len(target)
+            num_truncated += len(prompt) > room
+            rows.append([*prompt[:room], *separator, *target])
+            num_prompt.append(len(rows[-1]) - len(target))
+        first = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        ids = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(first[-1]))
+        return PairRows(ids, first, np.array(num_prompt), context, pad_id(tokenizer), num_truncated, num_truncated_targets)
+
+    def __len__(self) -> int:
+        return len(self.num_prompt)
+
+    def batch(self, index: Ints, whole: Ints) -> Batch:
+        """Rows `index`, padded on the right to the longest of `whole`, the global batch; -1 stands for a row without labels."""
+        sizes = np.diff(self.first)[whole[whole >= 0]] - 1
+        length = min(-(-int(sizes.max()) // _MULTIPLE) * _MULTIPLE, self.context)
+        input_ids = torch.full((len(index), length), self.pad_id)
+        labels = torch.full((len(index), length), IGNORED)
+        mask = torch.ones((len(index), length), dtype=torch.bool)  # a row that attends to nothing would be NaN
+        for row, pair in enumerate(index):
+            if pair >= 0:
+                tokens = torch.from_numpy(self.ids[self.first[pair] : self.first[pair + 1]].astype(np.int64))
+                size, num_prompt = len(tokens) - 1, self.num_prompt[pair]
+                input_ids[row, :size] = tokens[:-1]
+                labels[row, num_prompt - 1 : size] = tokens[num_prompt:]
+                mask[row, size:] = False
+        return Batch(input_ids, labels, mask)
+
+
+class PairFeed:
+    """Training pairs, all of them once an epoch, in an order keyed by (seed, epoch). Shapes do not depend on the world size."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: "PreTrainedTokenizerFast",
+        task: Task,
+        context: int,
+        sequences: int,
+        seed: int,
+    ) -> None:
+        self.rows = PairRows.encode(examples, tokenizer, task, context)
+        self.sequences, self.seed = sequences, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every pair was seen, rounded up; the step that ends an epoch also begins the next."""
+        return -(-len(self.rows) // self.sequences)
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """[len(rows), longest of the global batch, rounded up to a multiple of 8]; see `Feed`."""
+        whole = shuffled(step, range(self.sequences), self.sequences, len(self.rows), self.seed)
+        return self.rows.batch(whole[np.asarray(rows, dtype=np.int64)], whole)
+
+
+class PairValidation:
+    """All pairs once, in order. Rows past the end have `IGNORED` labels: every rank makes the same number of batches."""
+
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, sequences: int
+    ) -> None:
+        self.rows = PairRows.encode(examples, tokenizer, task, context)
+        self.sequences = sequences
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.rows) // self.sequences)
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """As `PairFeed.batch`; `step` in [0, num_batches)."""
+        whole = in_order(step, range(self.sequences), self.sequences, len(self.rows))
+        return self.rows.batch(whole[np.asarray(rows, dtype=np.int64)], whole)
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Prompt and separator as in training, the prompt cut where the answer would not fit the context: what `generate` takes."""
+    separator = _separator(tokenizer, task, context)
+    room = context - max_new_tokens - len(separator)
+    if room < 1:
+        raise ConfigError(
+            f"Expected room for a prompt in a context of {context} tokens. Got {max_new_tokens} for the answer and "
+            f"{len(separator)} for the separator. Lower max_new_tokens or raise the context."
+        )
+    prompts = _encode(tokenizer, [task.prompt(example) for example in examples])
+    return [[*prompt[:room], *separator] for prompt in prompts]
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The padding token, or where there is none the end of text: masked and without a label, so any would do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _separator(tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -> list[int]:
+    separator = tokenizer(task.separator, add_special_tokens=False)["input_ids"]
+    if not separator or len(separator) > context // 4:
+        raise ConfigError(
+            f"Expected task.separator of 1 to {context // 4} tokens, a quarter of the context. Got {len(separator)} in "
+            f"{task.separator!r}. Change the separator or the context."
+        )
+    return separator
+
+
+def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+    """Ids without special tokens; a special token written in a text is text."""
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

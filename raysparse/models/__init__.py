@@ -1,0 +1,26 @@
+"""Models: transformers' own classes with one weight layout, and the names of what may be sparse."""
+
+from raysparse.models.build import (
+    ModelConfig,
+    architecture,
+    block_linears,
+    blocks,
+    build,
+    flops_architecture,
+    select,
+    skeleton,
+)
+from raysparse.models.layout import to_hub, to_linear
+
+__all__ = [
+    "ModelConfig",
+    "architecture",
+    "block_linears",
+    "blocks",
+    "build",
+    "flops_architecture",
+    "select",
+    "skeleton",
+    "to_hub",
+    "to_linear",
+]

@@ -1,0 +1,38 @@
+"""One file per verb: a Config, ``open_run`` for the driver, ``work`` for every rank."""
+
+from typing import Any
+
+from raysparse.config import Config
+from raysparse.recipes import evaluate, finetune, pretrain
+from raysparse.recipes.job import Job
+
+MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+"""Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
+
+CONFIGS: dict[str, type[Config]] = {
+    "pretrain": pretrain.PretrainConfig,
+    "finetune": finetune.FinetuneConfig,
+    "evaluate": evaluate.EvaluateConfig,
+}
+"""Verb -> its config."""
+
+
+def text(summary: dict[str, Any], job: Job) -> str:
+    """The end of a run in a few lines."""
+    lines = [f"{summary['name']} is finished: {job.path / 'summary.json'}"]
+    if "loss" in summary:
+        loss, sparsity, flops = summary["loss"], summary["sparsity"], summary["flops"]
+        lines += [
+            f"validation loss   {loss['validation']:.4f} (perplexity {loss['perplexity']:.2f})",
+            f"sparse weights    {sparsity['nnz']:,} live of {sparsity['total']:,} (sparsity {sparsity['actual']:.4f})",
+            f"training FLOPs    {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x "
+            f"({flops['convention']}); counted = if zeros were skipped, dense kernels skip none",
+            f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
+            f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by {summary['workers']} workers",
+            f"model             {job.path / 'export'}",
+        ]
+    if "task" in summary:
+        task = summary["task"]
+        for name, value in task["scores"].items():
+            lines.append(f"{name:<17} {value:.2f} (baseline {task['baseline'][name]:.2f}) on {task['num_examples']:,} examples")
+    return "\n".join(lines)

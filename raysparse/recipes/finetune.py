@@ -1,0 +1,156 @@
+"""Fine-tune a model on a downstream task: densely, its mask lifted (SPDF), or sparsely, its mask kept; then score it.
+
+SPDF (arXiv:2303.10464, section 2.3): the mask goes, revived weights start at exactly 0 and train like the others.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from raysparse.config import Config, ConfigError
+from raysparse.data.pairs import PairFeed, PairRows, PairValidation
+from raysparse.models.build import architecture, build
+from raysparse.recipes import evaluate, training
+from raysparse.recipes.export import MASKS
+from raysparse.recipes.job import Job, open_job
+from raysparse.recipes.pretrain import FlopsConfig
+from raysparse.sparsity.topology import Topology, unpack
+from raysparse.tasks import AnyTask
+from raysparse.tasks.generate import GenerationConfig
+from raysparse.train import checkpoint
+from raysparse.train.run import Run, resolve_device
+from raysparse.train.shard import Sharded
+
+
+class HandOverConfig(Config):
+    """What becomes of the zeros that the model comes with."""
+
+    masks: Literal["lift", "keep"] = "lift"
+    """lift: every weight trains, revived ones from 0 (SPDF). keep: dead weights stay dead (sparse fine-tuning)."""
+
+
+class FinetuneConfig(training.TrainingRunConfig):
+    """`raysparse finetune`: a pre-trained model (`model.path`: an exported folder or a run) on a task."""
+
+    task: AnyTask
+    context: int = Field(256, ge=8)
+    """Tokens of the longest prompt and answer together; longer prompts are cut and counted."""
+    sparsity: HandOverConfig = HandOverConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
+    flops: FlopsConfig = FlopsConfig()
+
+
+def check(config: FinetuneConfig) -> dict[str, Any]:
+    """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know."""
+    training.check_sizes(config)
+    config = with_model_folder(config)
+    assert config.model.path is not None
+    tokenizer = evaluate.load_tokenizer(config.model.path)
+    architecture(config.model, len(tokenizer), config.context)
+    folder = Path(config.model.path)
+    if config.sparsity.masks == "keep" and not (folder / MASKS).exists():
+        raise ConfigError(
+            f"Expected {MASKS} in {folder} for sparsity.masks=keep. Got none: the model is dense, or not from raysparse. "
+            "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
+        )
+    splits = evaluate.examples_of(config.task)
+    rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
+    training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
+    parent = folder.parent / "summary.json"
+    return {
+        "examples": str(evaluate.store_examples(config.task)),
+        "model": config.model.path,
+        "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
+        "num_truncated": rows.num_truncated,
+        "num_pairs": len(rows),
+    }
+
+
+def open_run(config: FinetuneConfig) -> Job:
+    """Check the config and the model, make or reopen the run folder."""
+    prepared = check(config)
+    job = open_job("finetune", config, config.run, prepared)
+    checkpoint.newest(job.path / "checkpoints")
+    return job
+
+
+def dry_run(config: FinetuneConfig) -> dict[str, Any]:
+    return check(config)
+
+
+def work(job: Job, run: Run) -> dict[str, Any]:
+    """Fine-tune, export and score on this rank; returns the run's summary."""
+    config = with_model_folder(FinetuneConfig.check(job.config))
+    assert config.model.path is not None
+    folder, task = Path(config.model.path), config.task
+    tokenizer = evaluate.load_tokenizer(folder)
+    splits = evaluate.load_examples(Path(job.prepared["examples"]))
+    model = build(config.model, config.run.seed, len(tokenizer), config.context)
+    device = resolve_device(config.run)
+
+    def topology(sharded: Sharded) -> Topology | None:
+        return load_masks(folder / MASKS, sharded, device) if config.sparsity.masks == "keep" else None
+
+    size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
+    feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed)
+    parts = training.Ingredients(
+        model=model,
+        topology=topology,
+        feed=feed,
+        validation=PairValidation(splits["validation"], tokenizer, task, config.context, size),
+        num_validation=size,
+        tokens_per_sequence=config.context,
+        steps_per_epoch=feed.steps_per_epoch,
+        convention=config.flops.convention,
+    )
+    facts = {"parent": job.prepared["parent"], "path": f"{config.sparsity.masks} masks"}
+    summary = training.carry_out(job, config, run, parts, facts, str(folder))
+    scores = evaluate.score_model(
+        job.path / "export",
+        job.path,
+        task,
+        splits[config.evaluation.split],
+        config.context,
+        config.generation,
+        config.evaluation,
+        run,
+    )
+    return training.finish(job, run, summary | {"task": scores})
+
+
+def with_model_folder(config: FinetuneConfig) -> FinetuneConfig:
+    """`model.path` may name a run: its exported model is meant."""
+    if config.model.path is None:
+        raise ConfigError(
+            "Expected model.path for fine-tuning: a Hugging Face folder, a hub name or a finished run. Got a preset, that is "
+            "random weights. Example: model.path=runs/spdf_gpt2_small"
+        )
+    path = evaluate.model_folder(config.model.path)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def load_masks(file: Path, sharded: Sharded, device: str) -> Topology:
+    """The masks that were exported with a model, this rank's rows of them."""
+    from safetensors import safe_open
+
+    masks, shapes = {}, {}
+    with safe_open(str(file), "pt") as stored:
+        for name in (name for name in sharded.parts if name in set(stored.keys())):
+            part = sharded.parts[name]
+            bits = stored.get_slice(name)[part.first : part.first + part.local.shape[0]]
+            masks[name], shapes[name] = unpack(bits, part.shape[1]).to(device), part.shape
+    if not masks or len(masks) != len(_keys(file)):
+        raise ConfigError(
+            f"Expected the masks in {file} to be of this model's weights. Got {sorted(_keys(file))[:3]} ... Use the masks of this model."
+        )
+    return Topology(shapes, {name: sharded.parts[name].rows for name in masks}, masks)
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as stored:
+        return list(stored.keys())

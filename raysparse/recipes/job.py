@@ -1,0 +1,106 @@
+"""A job is what travels to the workers: a verb, its checked config and what the driver prepared. Plain data, no tensors."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysparse.config import Config, ConfigError
+from raysparse.train.loop import TrainingError
+from raysparse.train.run import RunConfig
+
+NOT_IDENTITY = {
+    "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
+    "logging": ...,
+    "checkpoint": {"keep", "asynchronous", "every"},
+}
+"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of work for a worker group.
+
+    Attributes:
+        verb: names the recipe.
+        config: its config as plain data; validates back to an equal object.
+        prepared: what the driver found out before any worker started (data files, model facts).
+        folder: where the stage writes.
+        claim: this driver's mark in the folder; workers of an older driver stop when they see another.
+    """
+
+    verb: str
+    config: dict[str, Any]
+    prepared: dict[str, Any]
+    folder: str
+    claim: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+
+def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any]) -> Job:
+    """Make or reopen the run folder.
+
+    Raises:
+        ConfigError: the name belongs to a run with another config, or its newest checkpoints are all damaged.
+    """
+    folder, identity = run.path, identity_of(config)
+    used = folder / "identity.json"
+    if used.exists():
+        try:
+            before = json.loads(used.read_text())
+        except ValueError as error:
+            raise ConfigError(f"Expected JSON in {used}. Got: {error}. Choose another run.name.") from None
+        if (changed := _changed(before, {"verb": verb} | identity)) != []:
+            raise ConfigError(
+                f"Expected run.name={run.name} to be new, or its config to be as it was. Got other values of: {', '.join(changed)}. "
+                f"Choose another run.name, go back to that config ({folder / 'config.yaml'}), or delete the folder {folder}."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"Expected {folder} to be a raysparse run, or empty. Got other files there. Choose another run.name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(used, json.dumps({"verb": verb} | identity))
+    write_atomically(folder / "config.yaml", config.to_yaml())
+    claim = secrets.token_hex(8)
+    write_atomically(folder / "claim", claim)
+    return Job(verb, config.model_dump(mode="json"), dict(prepared), str(folder), claim)
+
+
+def check_claim(job: Job) -> None:
+    """Raise a `TrainingError` if another driver has taken over the run folder."""
+    found = (job.path / "claim").read_text()
+    if found != job.claim:
+        raise TrainingError(f"Expected to be the only driver of {job.folder}. Got a newer one, which goes on. Nothing to do.")
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What makes a run that run: its config without the keys that may change on resuming."""
+    values = config.model_dump(mode="json")
+    for section, keys in NOT_IDENTITY.items():
+        if section in values:
+            values[section] = {} if keys is ... else {key: v for key, v in values[section].items() if key not in keys}
+    return values
+
+
+def write_atomically(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(file)
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The summary of a run that has ended, or None."""
+    file = job.path / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _changed(before: Any, after: Any, at: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = list(before) + [key for key in after if key not in before]
+        return [key for k in keys for key in _changed(before.get(k), after.get(k), f"{at}.{k}" if at else k)]
+    return [] if before == after else [at]

@@ -1,0 +1,291 @@
+"""What pre-training and fine-tuning share: the sections of their configs, the assembly on each rank, the summary at the end."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raysparse import __version__
+from raysparse.config import Config, ConfigError
+from raysparse.data.batch import Feed
+from raysparse.models.build import ModelConfig, blocks, flops_architecture
+from raysparse.recipes.export import write_model
+from raysparse.recipes.job import Job, check_claim, write_atomically
+from raysparse.sparsity.flops import Convention, Ledger
+from raysparse.sparsity.topology import Topology, pack
+from raysparse.train import checkpoint, length, metrics
+from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
+from raysparse.train.loop import Pace, State, Training, TrainingConfig, train
+from raysparse.train.metrics import LoggingConfig, Meter
+from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
+from raysparse.train.shard import Sharded, ShardingConfig, shard
+
+
+class TrainingRunConfig(Config):
+    """The sections that every training recipe has."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def check_sizes(config: TrainingRunConfig) -> None:
+    """Raise a `ConfigError` if the batch or the sharding does not fit the number of workers."""
+    workers, sequences = config.run.workers, config.training.sequences
+    if sequences % workers and not config.run.parity:
+        fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        near = min(fits, key=lambda n: abs(n - workers))
+        raise ConfigError(
+            f"Expected run.workers to divide training.sequences. Got {workers} workers, {sequences} sequences. "
+            f"Use run.workers={near}, or training.sequences={-(-sequences // workers) * workers}."
+        )
+    config.sharding.check_workers(workers)
+    if config.run.parity and config.sharding.type == "fairscale":
+        raise ConfigError("Expected sharding.type=fsdp2 or none with run.parity. Got fairscale, whose reductions are not exact.")
+
+
+def pace(config: TrainingRunConfig, tokens_per_step: int, steps_per_epoch: int | None) -> Pace:
+    """The config's lengths in steps; raises a `ConfigError` that names the key of one that makes no sense."""
+
+    def measure(key: str, text: str, scale: length.Scale) -> int:
+        try:
+            return length.steps(text, scale)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+    steps = measure("training.length", config.training.length, length.Scale(tokens_per_step, steps_per_epoch))
+    if steps < 1:
+        raise ConfigError(f"Expected training.length of at least one step. Got {config.training.length!r}.")
+    scale = length.Scale(tokens_per_step, steps_per_epoch, steps)
+    return Pace(
+        steps=steps,
+        warmup=measure("schedule.warmup", config.schedule.warmup, scale),
+        validate=measure("training.validate_every", config.training.validate_every, scale),
+        save=measure("checkpoint.every", config.checkpoint.every, scale),
+        log=measure("logging.every", config.logging.every, scale),
+        histograms=measure("logging.histograms", config.logging.histograms, scale),
+    )
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What differs between recipes.
+
+    Attributes:
+        model: built alike on every rank, float32, on the CPU.
+        topology: sharded model -> its masks, or None to train dense.
+        convention: how FLOPs are counted.
+    """
+
+    model: Any
+    topology: Callable[[Sharded], Topology | None]
+    feed: Feed
+    validation: Feed
+    num_validation: int
+    tokens_per_sequence: int
+    steps_per_epoch: int | None
+    convention: Convention
+
+
+def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) -> tuple[Training, State]:
+    """Shard the model, make the masks and the optimizer, load the newest checkpoint; every rank calls this."""
+    device = resolve_device(config.run)
+    if config.training.activation_checkpointing:
+        parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+    units = blocks(parts.model)
+    if config.training.compile:
+        for unit in units.values():
+            unit.compile()
+    sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
+    topology = parts.topology(sharded)
+    if topology is not None:
+        topology.kill({name: sharded.local[name] for name in topology.masks})
+    optimizer = build_optimizer(sharded, config.optimizer, config.run.parity)
+    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology)
+    state, ledger = State(), Ledger(parts.convention)
+    if (found := checkpoint.newest(job.path / "checkpoints")) is not None:
+        extra = checkpointer.load(found)
+        state = State(**extra["state"])
+        ledger = Ledger.from_dict(extra["ledger"])
+        run.show({"text": f"{job.path.name}: going on from {found.name}"})
+    if run.rank == 0:
+        metrics.rewind(job.path, state.step)
+    training = Training(
+        stage=job.path.name,
+        config=config.training,
+        schedule=config.schedule,
+        clip_norm=config.optimizer.clip_norm,
+        seed=config.run.seed,
+        parity=config.run.parity,
+        pace=pace(config, config.training.sequences * parts.tokens_per_sequence, parts.steps_per_epoch),
+        sharded=sharded,
+        optimizer=optimizer,
+        topology=topology,
+        feed=parts.feed,
+        validation=parts.validation,
+        num_validation=parts.num_validation,
+        arch=flops_architecture(parts.model),
+        ledger=ledger,
+        nnz={} if topology is None else topology.nnz(sharded.ranks),
+        checkpointer=checkpointer,
+        meter=Meter(job.path, config.logging, enabled=run.rank == 0),
+        run=run,
+        guard=lambda: check_claim(job),
+    )
+    return training, state
+
+
+def carry_out(
+    job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients, facts: Mapping[str, Any], tokenizer: str
+) -> dict[str, Any]:
+    """Train to the end and write the model in Hugging Face format; returns the summary (see `finish`). Every rank calls this.
+
+    Args:
+        facts: what the recipe adds to the summary.
+        tokenizer: folder of the tokenizer that goes with the model.
+    """
+    forget_peak_memory()
+    if run.rank == 0:
+        write_environment(job.path, config.run)
+    t, state = assemble(job, config, run, parts)
+    state = train(t, state)
+    t.meter.close()
+    summary = summarize(job, config, t, state) | dict(facts)
+    weights, masks = gather(t)
+    if run.rank == 0:
+        write_model(job.path / "export", weights, masks, parts.model.config, tokenizer, summary)
+    dist.barrier()
+    return summary
+
+
+def finish(job: Job, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write ``summary.json``: from here on the run is finished. Returns the summary; every rank calls this."""
+    if run.rank == 0:
+        write_atomically(job.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    dist.barrier()
+    return summary
+
+
+def summarize(job: Job, config: TrainingRunConfig, t: Training, state: State) -> dict[str, Any]:
+    """The facts of a finished run, documented key by key in docs/summary.md; every rank calls this."""
+    size = {name: prod(part.shape) for name, part in t.sharded.parts.items()}
+    sparse = {} if t.topology is None else t.topology.shapes
+    nnz, total = sum(t.nnz[name] for name in sparse), sum(map(prod, sparse.values()))
+    peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([t.sharded.wire.bytes_sent])
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    dist.all_reduce(sent)
+    return {
+        "raysparse": __version__,
+        "verb": job.verb,
+        "name": job.path.name,
+        "config_digest": config.digest(),
+        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": sum(size.values())},
+        "loss": state.losses | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step},
+        "sparsity": {
+            "target": 1 - nnz / total if total else 0.0,
+            "actual": 1 - nnz / total if total else 0.0,
+            "of_model": (total - nnz) / sum(size.values()),
+            "nnz": nnz,
+            "total": total,
+            "mask_digest": None if t.topology is None else t.topology.digest(t.sharded.ranks),
+            "layers": [
+                {"name": name, "shape": list(shape), "nnz": t.nnz[name], "sparsity": 1 - t.nnz[name] / prod(shape)}
+                for name, shape in sparse.items()
+            ],
+        },
+        "flops": t.ledger.savings().to_dict(),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "tokens_per_s": state.tokens / max(1e-9, state.seconds),
+        "bytes_sent": int(sent),
+        "peak_memory_bytes": int(peak),
+        "workers": t.run.world_size,
+        "versions": versions(),
+    }
+
+
+def gather(t: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, bit-packed masks), whole, on the CPU of every rank; every rank calls this."""
+    weights = {name: t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
+    masks = {} if t.topology is None else {name: t.sharded.whole(name, pack(m)) for name, m in t.topology.masks.items()}
+    return weights, masks
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "raysparse": __version__}
+    for package in ("torch", "ray", "transformers", "datasets", "tokenizers", "fairscale"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_environment(folder: Path, config: RunConfig) -> None:
+    """environment.json: versions, hardware and, in a git checkout of raysparse, the commit."""
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists():
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
+    device = resolve_device(config)
+    facts = {
+        "versions": versions(),
+        "commit": commit,
+        "machine": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "workers": config.workers,
+        "threads": config.threads,
+    }
+    write_atomically(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+
+
+def forget_peak_memory() -> None:
+    """Start a new peak: several stages may run in one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # where the kernel does not allow it the peak is the process's own
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Of GPU memory allocated where there is a GPU, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -1,0 +1,93 @@
+"""Answers of a model to prompts, in batches of similar length."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pydantic import Field
+
+from raysparse.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+class GenerationConfig(Config):
+    """How an answer is searched for: greedy with one beam, else beam search."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer in tokens."""
+    num_beams: int = Field(1, ge=1)
+    """Answers kept while searching; 1 is greedy, SPDF's tasks use 10."""
+    length_penalty: float = 1.0
+    """Beam scores are divided by length to this power: above 1 favours long answers. SPDF's tasks use 0.8 to 0.9."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No sequence of this many tokens occurs twice; 0 allows all. SPDF's tasks use 4."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts answered at once."""
+
+
+@torch.no_grad()
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    progress: bool = True,
+) -> list[str]:
+    """The answers, in the order of the prompts, without special tokens and without spaces at the ends.
+
+    Args:
+        prompts: token ids with the separator, as `data.pairs.encode_prompts` makes them. They are padded on the left, so that all
+            answers of a batch start at the same place, and the padding is masked.
+    """
+    from tqdm import tqdm
+    from transformers import GenerationConfig as Settings
+
+    longest = max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        raise ConfigError(
+            f"Expected prompts and answers within the model's {room} positions. Got {longest}. "
+            "Lower max_new_tokens or cut the prompts."
+        )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = Settings(
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty if config.num_beams > 1 else None,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+    )
+    was_training = model.training
+    model.eval()
+    order = sorted(
+        range(len(prompts)), key=lambda index: -len(prompts[index])
+    )  # the longest first: too little memory shows at once
+    answers = [""] * len(prompts)
+    with tqdm(desc="generating", total=len(prompts), disable=not (progress and sys.stderr.isatty())) as bar:
+        for first in range(0, len(order), config.batch_size):
+            rows = order[first : first + config.batch_size]
+            ids, mask = left_pad([prompts[row] for row in rows], pad)
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            output = cast(Any, model).generate(**inputs, generation_config=settings)
+            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text.strip()
+            bar.update(len(rows))
+    model.train(was_training)
+    return answers
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """([rows, longest] int64 ids, [rows, longest] int64 mask, 1 = token)."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask

@@ -1,0 +1,174 @@
+"""Checkpoints: weights, moments, bit-packed masks and counters in one distributed checkpoint, saved on N ranks, loaded on M.
+
+A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
+every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
+functions of (seed, step), so the step is all of their state.
+"""
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raysparse.config import Config, ConfigError
+from raysparse.sparsity.topology import Topology, pack, unpack
+from raysparse.train.length import Length
+from raysparse.train.optimizer import moments, state_of
+from raysparse.train.shard import Sharded
+
+log = logging.getLogger(__name__)
+MARKER = "COMMITTED.json"
+
+
+class CheckpointConfig(Config):
+    """When to save, and how many to keep. The last step is always saved."""
+
+    every: Length = "1000 steps"
+    """Between checkpoints: '1000 steps', '100M tokens', '10 %'."""
+    keep: int = Field(2, ge=1)
+    """Older checkpoints are deleted when a newer one is committed."""
+    asynchronous: bool = True
+    """Write in a background thread while training goes on."""
+
+
+class Checkpointer:
+    """Saves and loads the state of a run below ``folder``. One save is in flight at most; every rank makes the same calls."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, sharded: Sharded, optimizer: Optimizer, topology: Topology | None):
+        self._folder, self._config = folder, config
+        self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # its own: it never mixes with the training's
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Any] | None = None
+
+    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0) -> Path:
+        """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
+
+        Older checkpoints than the newest ``keep`` are deleted after that, save the one of step `protect`.
+        """
+        self.wait()
+        path = self.path(step)
+        if dist.get_rank() == 0 and path.exists():
+            shutil.rmtree(path)  # half-written by an attempt that died
+        dist.barrier(self._group)
+        state = self._tensors(save=True) | {"extra": json.dumps(dict(extra) | {"step": step})}
+        if self._config.asynchronous:
+            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
+            self._pending = self._thread.submit(lambda: self._commit(path, written, protect))
+        else:
+            dcp.save(state, checkpoint_id=path, process_group=self._group)
+            self._pending = self._thread.submit(lambda: self._commit(path, None, protect))
+        return path
+
+    def path(self, step: int) -> Path:
+        return self._folder / f"step_{step:08d}"
+
+    def wait(self) -> None:
+        """Until the save in flight is committed; raises what it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint into the weights, optimizer and topology; returns what was saved as ``extra``."""
+        state = self._tensors(save=False) | {"extra": ""}
+        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        extra = json.loads(state["extra"])
+        for part in self._sharded.parts.values():
+            if part.mine:
+                state_of(self._optimizer)[part.local]["step"].fill_(extra["step"])
+        if self._topology is not None:
+            masks = {name: unpack(_local(state[f"mask/{name}"]), here.cols) for name, here in self._topology.rows.items()}
+            self._topology.replace(masks)
+        return extra
+
+    def _tensors(self, save: bool) -> dict[str, Any]:
+        """Key -> tensor that shares memory with the live one (masks: packed copies, or room for them)."""
+        with torch.no_grad():
+            values = {f"model/{name}": (name, part.local.detach()) for name, part in self._sharded.parts.items()}
+            for which in ("exp_avg", "exp_avg_sq"):
+                found = moments(self._sharded, self._optimizer, which)
+                values |= {f"{which}/{name}": (name, value) for name, value in found.items()}
+            if self._topology is not None:
+                values |= {f"mask/{name}": (name, pack(mask)) for name, mask in self._topology.masks.items()}
+        return {key: self._sharded.stored(name, value) for key, (name, value) in values.items()}
+
+    def _commit(self, path: Path, written: "Future[Any] | None", protect: int) -> None:
+        """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
+        if written is not None:
+            written.result()
+        if dist.get_rank() != 0:
+            return
+        files = {file.name: [file.stat().st_size, _crc(file)] for file in sorted(path.iterdir())}
+        partial = path / f"{MARKER}.partial"
+        partial.write_text(json.dumps({"files": files}))
+        partial.rename(path / MARKER)
+        for old in committed(self._folder)[: -self._config.keep]:
+            if old != self.path(protect):
+                shutil.rmtree(old)
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint folders with a marker, oldest first; their files are not looked at."""
+    return sorted(marker.parent for marker in folder.glob(f"step_*/{MARKER}"))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        files = json.loads((checkpoint / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its marker {MARKER} cannot be read ({error})"
+    for name, (size, crc) in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _crc(file) != crc:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint, with a warning for each damaged one passed over; None where there is none at all.
+
+    Raises:
+        ConfigError: there are checkpoints, and all of them are damaged: starting anew would overwrite them.
+    """
+    found = committed(folder)
+    problems = []
+    for checkpoint in reversed(found):
+        if (problem := damage(checkpoint)) is None:
+            return checkpoint
+        problems.append(f"{checkpoint.name}: {problem}")
+        log.warning("Checkpoint %s is damaged (%s); falling back to the one before.", checkpoint, problem)
+    if problems:
+        raise ConfigError(
+            f"Expected an undamaged checkpoint in {folder}. Got {len(problems)} damaged: {'; '.join(problems)}. "
+            "Restore one from a copy, or choose another run.name to start anew."
+        )
+    return None
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

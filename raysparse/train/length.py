@@ -1,0 +1,53 @@
+"""Lengths as people write them: ``2.5e9 tokens``, ``375M tokens``, ``4768 steps``, ``10 %``; a bare number is steps."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+_FORM = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGB]?)\s*(steps?|tokens?|epochs?|%)\s*$")
+_SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a length is measured against: 1 step = this many tokens; 1 epoch = this many steps; the whole run in steps."""
+
+    tokens_per_step: int
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+
+
+def _read(value: Any) -> str:
+    text = f"{value} steps" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if not _FORM.match(text):
+        raise ValueError("Expected a length such as '100 steps', '2.5e9 tokens', '375M tokens', '5 epochs' or '10 %'")
+    return text
+
+
+Length = Annotated[str, BeforeValidator(_read)]
+
+
+def steps(length: str, scale: Scale) -> int:
+    """A length in whole optimizer steps, rounded down (at least 1 where it is not 0).
+
+    Raises:
+        ValueError: epochs of a stream without end, or a share of a run whose length is being defined.
+    """
+    match = _FORM.match(length)
+    assert match, length
+    amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
+    if unit.startswith("token"):
+        result = amount / scale.tokens_per_step
+    elif unit.startswith("epoch"):
+        if scale.steps_per_epoch is None:
+            raise ValueError(f"Expected steps or tokens. Got {length!r}: pre-training text is a stream, not epochs.")
+        result = amount * scale.steps_per_epoch
+    elif unit == "%":
+        if scale.steps is None:
+            raise ValueError(f"Expected steps, tokens or epochs. Got {length!r}: the run's own length cannot be a share of it.")
+        result = amount / 100 * scale.steps
+    else:
+        result = amount
+    return max(int(result + 1e-9), min(1, int(amount > 0)))

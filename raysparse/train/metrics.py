@@ -1,0 +1,129 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, and one line (or a progress bar) on the console."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from raysparse.config import Config
+from raysparse.train.length import Length
+
+
+class LoggingConfig(Config):
+    """How often a run speaks."""
+
+    every: Length = "10 steps"
+    """Between console lines, TensorBoard points and metrics.jsonl records: '10 steps', '1M tokens', '1 %'."""
+    histograms: Length = "25 %"
+    """Between TensorBoard histograms of weights and masks (rank 0's rows); '0 steps' writes none."""
+    tensorboard: bool = Field(True)
+    """Write TensorBoard event files into the run folder."""
+
+
+class Meter:
+    """Rank 0's pen: appends records to ``metrics.jsonl`` and TensorBoard in the run folder; other ranks write nothing."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, enabled: bool):
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
+        self._board = None
+        if enabled and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, record: Mapping[str, Any], tags: Mapping[str, float]) -> None:
+        """One metrics.jsonl line, and one TensorBoard point for each tag at the record's step."""
+        if self._file is not None:
+            self._file.write(json.dumps(dict(record)) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for tag, value in tags.items():
+                self._board.add_scalar(tag, value, record["step"])
+
+    def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        if self._board is not None:
+            for tag, tensor in tensors.items():
+                if tensor.numel():
+                    self._board.add_histogram(tag, tensor.detach().float().cpu(), step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop the records after `step` from metrics.jsonl: a resumed run writes them again."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the last line of a process that died while writing it
+            continue
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.rename(file)
+
+
+class Console:
+    """Shows a run's records to a person: a progress bar on a terminal, fixed-width lines elsewhere."""
+
+    def __init__(self, stream: Any = None):
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """A record of `train.loop`, or ``{"text": ...}`` for a line of its own."""
+        if "text" in record:
+            self._print(record["text"])
+        elif self._stream.isatty():
+            self._advance(record)
+        elif "loss" in record:
+            self._print(line(record))
+        if "validation_loss" in record:
+            self._print(f"{record['stage']:>16} | step {record['step']:>8,} | validation loss {record['validation_loss']:.4f}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _advance(self, record: Mapping[str, Any]) -> None:
+        from tqdm import tqdm
+
+        if "loss" not in record:
+            return
+        if self._bar is None or self._bar.desc != f"{record['stage']}: ":
+            self.close()
+            self._bar = tqdm(total=record["steps"], desc=record["stage"], unit="step", file=self._stream, initial=record["step"])
+        self._bar.update(record["step"] - self._bar.n)
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.4f}, sparsity {record['sparsity']:.3f}, {record['tokens_per_s']:,.0f} tok/s", refresh=True
+        )
+        if record["step"] >= record["steps"]:
+            self.close()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """The console line of a training record; columns keep their places."""
+    left = int(record["seconds_left"])
+    return (
+        f"{record['stage']:>16} | step {record['step']:>8,}/{record['steps']:<8,} | loss {record['loss']:8.4f} | "
+        f"lr {record['lr']:.2e} | norm {record['grad_norm']:8.4f} | sparsity {record['sparsity']:.3f} | "
+        f"{record['tokens_per_s']:>10,.0f} tok/s | left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    )

@@ -1,0 +1,49 @@
+"""The process group a rank trains in, and its collectives as the pure core wants them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raysparse.sparsity.ranks import Ranks
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """A default process group: the one that is there, torchrun's if its variables are set, else one of this process alone."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks_of(group: dist.ProcessGroup, device: torch.device) -> Ranks:
+    """The collectives of `group`; tensors travel through `device` (NCCL has no CPU tensors)."""
+
+    def reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        y = x.to(device, copy=True)
+        dist.all_reduce(y, op=op, group=group)
+        return y.to(x.device)
+
+    def sum_lower(x: Tensor) -> Tensor:
+        here = x.to(device)
+        parts = [torch.empty_like(here) for _ in range(group.size())]
+        dist.all_gather(parts, here, group=group)
+        return torch.stack([torch.zeros_like(here), *parts[: group.rank()]]).sum(0).to(x.device)
+
+    return Ranks(
+        sum=lambda x: reduce(x, dist.ReduceOp.SUM),
+        sum_lower=sum_lower,
+        max=lambda x: reduce(x, dist.ReduceOp.MAX),
+    )

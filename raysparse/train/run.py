@@ -1,0 +1,79 @@
+"""What the loop sees of the world outside: who am I, where do I write, and whom do I tell."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from raysparse.config import Config
+from raysparse.train.metrics import Console
+
+
+class RunConfig(Config):
+    """Name, place and size of a run. The same name again resumes it; another config under a used name is refused."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run below `folder`, and its name on the cluster."""
+    folder: str = "runs"
+    """Where runs are kept; on several nodes a path that all of them share."""
+    seed: int = Field(0, ge=0)
+    """Masks, initial weights and data order are functions of it."""
+    workers: int = Field(1, ge=1)
+    """Ray Train workers, one process and (on CUDA) one GPU each. Divides batch.sequences."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each worker; results on CPUs are bit-equal only at equal numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the workers have GPUs, else cpu."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; weights and optimizer state are float32 always. auto: bfloat16 on CUDA, float32 on CPU."""
+    parity: bool = False
+    """Rank 0 carries the whole batch, the others add exact zeros: slow, but bit-equal at any number of workers. For checking."""
+    max_failures: int = Field(3, ge=0)
+    """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder).expanduser().absolute() / self.name
+
+
+class Run(Protocol):
+    """One rank's view of a run; `raysparse.runtime` has the one over Ray Train."""
+
+    rank: int
+    world_size: int
+
+    def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
+        """Every rank calls this once for each checkpoint, in the same order, when its saving has begun."""
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Show a training record, or ``{"text": ...}``, to the user; only rank 0's are shown."""
+
+
+class LocalRun:
+    """The ranks of the default process group: this process alone, or torchrun's."""
+
+    def __init__(self, console: Console) -> None:
+        self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
+
+    def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
+        pass
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        if self.rank == 0:
+            self._console.show(record)
+
+
+def resolve_device(config: RunConfig) -> str:
+    """The device type of this process."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(config: RunConfig, device: str) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32

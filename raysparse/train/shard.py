@@ -1,0 +1,314 @@
+"""Where the weights lie: FSDP2 (default), whole on every rank, or fairscale's OSS. The rest of the code sees `Part`s.
+
+Gradients are *summed* over ranks, never averaged: the loss is divided by the global number of predicted tokens, so the sum is
+the gradient of the mean, and a sum with exact zeros is exact at any world size (a mean over 3 ranks is not).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from raysparse.config import Config, ConfigError
+from raysparse.sparsity.ranks import ALONE, Ranks
+from raysparse.sparsity.topology import Rows
+from raysparse.train.process import ranks_of
+
+
+class ShardingConfig(Config):
+    """How weights, gradients and optimizer state are spread over workers."""
+
+    type: Literal["fsdp2", "none", "fairscale"] = "fsdp2"
+    """fsdp2: sharded by rows. none: whole on every worker, gradients all-reduced. fairscale: OSS + ShardedDataParallel, whole
+    weights, optimizer state spread by tensor (pip install raysparse[fairscale])."""
+    replicas: int = Field(1, ge=1)
+    """FSDP2 only: groups of workers that each hold a whole sharded model (HSDP); divides run.workers."""
+    reshard_after_forward: bool = True
+    """FSDP2 only: free gathered weights after the forward pass and gather them again in the backward (less memory)."""
+
+    def check_workers(self, workers: int) -> None:
+        """Raise a `ConfigError` for a combination that cannot run."""
+        if workers % self.replicas:
+            raise ConfigError(
+                f"Expected sharding.replicas to divide run.workers. Got {self.replicas} replicas, {workers} workers. "
+                f"Choose a divisor of {workers}."
+            )
+        if self.type != "fsdp2" and self.replicas > 1:
+            raise ConfigError(f"Expected sharding.replicas=1 with sharding.type={self.type}. Got {self.replicas}.")
+        if self.type == "fairscale":
+            try:
+                import fairscale.optim.oss  # noqa: F401
+            except ImportError:
+                raise ConfigError(
+                    "Expected the package fairscale for sharding.type=fairscale. Got an ImportError. "
+                    "pip install 'raysparse[fairscale]', or use sharding.type=fsdp2."
+                ) from None
+
+
+@dataclass
+class Part:
+    """A rank's part of one parameter.
+
+    Attributes:
+        shape: of the whole parameter.
+        first: row of the whole parameter that this part starts with.
+        local: [rows here, ...] the values; shares memory with the model's parameter. Optimizers step this tensor.
+        mine: whether this rank updates it (fairscale updates each tensor on one rank).
+    """
+
+    shape: tuple[int, ...]
+    first: int
+    local: nn.Parameter
+    mine: bool = True
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.first, self.local.shape[0], self.shape[1])
+
+
+class Wire:
+    """Counts what this rank sends: the payload of each collective as a ring moves it, (W - 1) / W of the whole per pass."""
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+
+    def add(self, whole_bytes: int, size: int, passes: int = 1) -> None:
+        self.bytes_sent += passes * whole_bytes * (size - 1) // size
+
+
+class Sharded(ABC):
+    """A model spread over ranks.
+
+    Attributes:
+        module: call it.
+        parts: name -> this rank's `Part`, in model order; names are those of the unsharded model.
+        ranks: reductions over the ranks that hold different rows of a weight.
+        owners: reductions over the ranks that hold disjoint parts (`Part.mine`) which together are the model.
+        wire: bytes that this rank sent.
+    """
+
+    module: nn.Module
+    parts: dict[str, Part]
+    ranks: Ranks
+    owners: Ranks
+    wire: Wire
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        return {name: part.local for name, part in self.parts.items()}
+
+    @abstractmethod
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Run a micro-batch inside; gradients are reduced over ranks in the `last` one."""
+
+    @abstractmethod
+    def collect(self) -> dict[str, Tensor]:
+        """After the last backward: name -> this rank's rows of the summed gradient, also put into ``Part.local.grad``."""
+
+    @abstractmethod
+    def stored(self, name: str, local: Tensor) -> Tensor:
+        """`local` ([rows here, any width]) as a tensor that a distributed checkpoint stores and loads at any world size."""
+
+    @abstractmethod
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        """All rows of `local`'s tensor, on the CPU of every rank. Every rank calls this."""
+
+    def make_optimizer(self, groups: list[dict[str, Any]], kind: type[Optimizer]) -> Optimizer:
+        """`kind` over groups of ``Part.local``."""
+        return kind(groups)  # pyrefly: ignore[missing-argument]
+
+    def zero_grad(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        for part in self.parts.values():
+            part.local.grad = None
+
+
+class FSDP2(Sharded):
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        config: ShardingConfig,
+        device: str,
+        dtype: torch.dtype,
+    ):
+        world = dist.get_world_size()
+        names = ("replicate", "shard") if config.replicas > 1 else ("shard",)
+        sizes = (config.replicas, world // config.replicas) if config.replicas > 1 else (world,)
+        mesh = init_device_mesh(device, sizes, mesh_dim_names=names)
+        policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+        for block in blocks.values():
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        self.module, self.wire = module, Wire()
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
+                unit.set_custom_all_gather(_CountedAllGather(self.wire))
+                unit.set_custom_reduce_scatter(_CountedReduceScatter(self.wire, config.replicas))
+        self._parameters = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
+        self.parts = {name: _part(parameter) for name, parameter in self._parameters.items()}
+        self.ranks = ranks_of(mesh["shard"].get_group(), torch.device(device)) if mesh["shard"].size() > 1 else ALONE
+        self.owners = self.ranks
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def collect(self) -> dict[str, Tensor]:
+        gradients = {}
+        for name, parameter in self._parameters.items():
+            gradient = cast(DTensor | None, parameter.grad)
+            local = self.parts[name].local
+            local.grad = torch.zeros_like(local) if gradient is None else gradient.to_local()
+            gradients[name] = local.grad
+        return gradients
+
+    def stored(self, name: str, local: Tensor) -> Tensor:
+        like, shape = self._parameters[name], (self.parts[name].shape[0], *local.shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        stored = self.stored(name, local)
+        assert isinstance(stored, DTensor)
+        return stored.full_tensor().cpu()
+
+
+class Replicated(Sharded):
+    """Everything everywhere; each gradient is all-reduced after the last backward."""
+
+    def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
+        self.module, self.wire = module.to(device), Wire()
+        self.ranks = self.owners = ALONE
+        self._parameters = dict(module.named_parameters())
+        self.parts = {name: Part(tuple(p.shape), 0, p) for name, p in self._parameters.items()}
+        self._autocast = (lambda: torch.autocast(device, dtype)) if dtype != torch.float32 else nullcontext
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        return self._autocast()
+
+    def collect(self) -> dict[str, Tensor]:
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
+        if (size := dist.get_world_size()) > 1:
+            for gradient in gradients.values():
+                dist.all_reduce(gradient)
+                self.wire.add(gradient.nbytes, size, passes=2)
+        return gradients
+
+    def stored(self, name: str, local: Tensor) -> Tensor:
+        return local
+
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        return local.detach().cpu()
+
+
+class Fairscale(Sharded):
+    """Whole weights; each tensor's gradient is reduced to one owner, which holds its optimizer state and updates it."""
+
+    def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
+        self.module, self.wire = module.to(device), Wire()
+        self._parameters = dict(module.named_parameters())
+        self.parts = {name: Part(tuple(p.shape), 0, p) for name, p in self._parameters.items()}
+        self.ranks = ALONE
+        self.owners = ranks_of(_world(), torch.device(device)) if dist.get_world_size() > 1 else ALONE
+        self._autocast = (lambda: torch.autocast(device, dtype)) if dtype != torch.float32 else nullcontext
+
+    def make_optimizer(self, groups: list[dict[str, Any]], kind: type[Optimizer]) -> Optimizer:
+        from fairscale.nn.data_parallel import ShardedDataParallel
+        from fairscale.optim.oss import OSS
+
+        optimizer = OSS(groups, optim=kind, lr=groups[0]["lr"])
+        self.module = ShardedDataParallel(self.module, optimizer, reduce_buffer_size=0)
+        self.module._world_size_scaling = 1.0  # a sum, like the others; fairscale's own is the mean
+        owned = {id(p) for group in optimizer.partition_parameters()[dist.get_rank()] for p in group["params"]}
+        for part in self.parts.values():
+            part.mine = id(part.local) in owned
+        return optimizer
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(cast(Any, self._autocast()))
+        if not last:
+            stack.enter_context(cast(Any, self.module).no_sync())
+        return stack
+
+    def collect(self) -> dict[str, Tensor]:
+        gradients, size = {}, dist.get_world_size()
+        for name, part in self.parts.items():
+            self.wire.add(part.local.nbytes, size, passes=2)  # its gradient to the owner, its new value from there
+            if part.mine:
+                if part.local.grad is None:
+                    part.local.grad = torch.zeros_like(part.local)
+                gradients[name] = part.local.grad
+            else:
+                part.local.grad = None
+        return gradients
+
+    def stored(self, name: str, local: Tensor) -> Tensor:
+        return local
+
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        return local.detach().cpu()
+
+
+def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingConfig, device: str, dtype: torch.dtype) -> Sharded:
+    """Spread a model that every rank built alike (float32, on the CPU) over the default process group.
+
+    Args:
+        blocks: the units that are gathered together under FSDP2.
+        dtype: of the computation; weights, gradients over ranks and optimizer state stay float32.
+    """
+    if config.type == "fsdp2":
+        return FSDP2(module, blocks, config, device, dtype)
+    return (Fairscale if config.type == "fairscale" else Replicated)(module, device, dtype)
+
+
+class _CountedAllGather(DefaultAllGather):
+    def __init__(self, wire: Wire):
+        self._wire = wire
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self._wire.add(output_tensor.nbytes, group.size())
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _CountedReduceScatter(DefaultReduceScatter):
+    def __init__(self, wire: Wire, replicas: int):
+        self._wire, self._replicas = wire, replicas
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        self._wire.add(input_tensor.nbytes, group.size())
+        self._wire.add(output_tensor.nbytes, self._replicas, passes=2)  # HSDP's all-reduce of the result over replicas
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+
+def _part(parameter: DTensor) -> Part:
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return Part(tuple(parameter.shape), offset[0], nn.Parameter(parameter.to_local().detach()))
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group

@@ -1,0 +1,86 @@
+"""Run folders out of thin air."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> Callable[..., Path]:
+    """``write_run(folder, verb, sparsity, **changes)`` -> the folder of a finished run."""
+    return partial(_write_run, tmp_path)
+
+
+@pytest.fixture
+def write_predictions() -> Callable[..., None]:
+    """``write_predictions(folder, hypotheses, references)``."""
+    return _write_predictions
+
+
+def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: float = 0.0, **changes: Any) -> Path:
+    """A finished run of 20 steps; ``changes`` are dotted keys of its summary, with ``__`` for the dot."""
+    path = root / folder
+    path.mkdir(parents=True)
+    counted, loss = 1e12 * (1 - sparsity / 2), 3.0 + sparsity
+    layers = [
+        {"name": f"transformer.h.{i}.mlp.c_fc.weight", "shape": [8, 8], "nnz": round(64 * (1 - sparsity)), "sparsity": sparsity}
+        for i in range(3)
+    ]
+    summary: dict[str, Any] = {
+        "raysparse": "0.1.0",
+        "verb": verb,
+        "name": folder,
+        "config_digest": f"digest-of-{folder}",
+        "model": {"class": "GPT2LMHeadModel", "parameters": 1000},
+        "loss": {"train": loss, "validation": loss, "perplexity": math.exp(loss)},
+        "sparsity": {
+            "target": sparsity,
+            "actual": sparsity,
+            "of_model": sparsity / 2,
+            "nnz": round(1_234_568 * (1 - sparsity)),
+            "total": 1_234_568,
+            "mask_digest": "feedc0de",
+            "layers": layers,
+        },
+        "flops": {
+            "convention": "spdf",
+            "counted": counted,
+            "dense": 1e12,
+            "reduction": 1e12 / counted,
+            "reduction_without_head": 2.5,
+        },
+        "steps": 20,
+        "tokens": 2000,
+        "seconds": 100.0,
+        "tokens_per_s": 20.0,
+        "bytes_sent": 12_300_000,
+        "workers": 2,
+        "peak_memory_bytes": 4_000_000,
+        "versions": {"torch": "2.13.0"},
+    }
+    if verb == "pretrain":
+        summary["data"] = {"unigram_cross_entropy": 5.0, "train_tokens": 2000}
+    else:
+        scores = {"scores": {"bleu": 60.0, "ter": 30.0}, "baseline": {"bleu": 10.0}, "interval": {"bleu": [58.0, 62.0]}}
+        summary |= {"parent": "dense", "task": {"name": "e2e", "primary": "bleu", "num_examples": 40, **scores}}
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        at = summary
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    (path / "summary.json").write_text(json.dumps(summary))
+    records = [{"step": step, "tokens": 100 * step, "loss": loss + 5 / step, "lr": 1e-3, "seconds": 5.0} for step in range(1, 21)]
+    records += [{"step": step, "tokens": 100 * step, "validation_loss": loss + 5 / step} for step in (10, 20)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _write_predictions(path: Path, hypotheses: list[str], references: list[list[str]]) -> None:
+    records = [{"hypothesis": text, "references": texts} for text, texts in zip(hypotheses, references, strict=True)]
+    (path / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
