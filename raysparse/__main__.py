@@ -131,9 +131,7 @@ def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Conf
     for more in [*map(read_yaml, files), *map(parse_override, overrides)]:
         values = merge(values, more)
     if "task" in values or "stages" in values:
-        raise ConfigError(
-            "Expected a pre-training config for `raysparse plan`. Got one of another verb. Use VERB --dry-run for it."
-        )
+        raise ConfigError("Expected a pre-training config for `raysparse plan`. Got one of another verb. Use VERB --dry-run for it.")
     return CONFIGS["pretrain"]
 
 

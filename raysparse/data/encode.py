@@ -38,9 +38,7 @@ class Encoder:
         return np.array(ids[0], dtype=self.dtype), np.array(ids[1], dtype=self.dtype)
 
 
-def encode_chunks(
-    chunks: Iterable[Chunk], folder: Path, eos_id: int, dtype: str, num_proc: int
-) -> Iterator[tuple[Chunk, Encoded]]:
+def encode_chunks(chunks: Iterable[Chunk], folder: Path, eos_id: int, dtype: str, num_proc: int) -> Iterator[tuple[Chunk, Encoded]]:
     """Each chunk with its ids, in order, whatever the number of processes; a corpus of one chunk is encoded in this process."""
     chunks = iter(chunks)
     head = list(itertools.islice(chunks, 2))

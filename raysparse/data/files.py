@@ -33,8 +33,7 @@ def resolve(patterns: Iterable[str]) -> list[Path]:
         files = [path for path in matches if path.is_file()]
         if not files:
             raise ConfigError(
-                f"Expected a file, or a glob that matches some, at {pattern!r}. Got none (looked from {Path.cwd()}). "
-                "Correct the path."
+                f"Expected a file, or a glob that matches some, at {pattern!r}. Got none (looked from {Path.cwd()}). Correct the path."
             )
         found += files
     return found
@@ -57,8 +56,7 @@ def kind(path: Path) -> str:
     suffix = Path(path.stem).suffix if packed else path.suffix
     if suffix not in TEXT + TABLES or (packed and suffix == ".parquet"):
         raise ConfigError(
-            f"Expected {', '.join(TEXT + TABLES)}, also .gz or .zst (not Parquet, which compresses itself). "
-            f"Got {path}. Convert the file."
+            f"Expected {', '.join(TEXT + TABLES)}, also .gz or .zst (not Parquet, which compresses itself). Got {path}. Convert the file."
         )
     return suffix
 
@@ -91,9 +89,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     elif suffix in (".csv", ".tsv"):
         rows = _csv_rows(path, "," if suffix == ".csv" else "\t")
     else:
-        raise ConfigError(
-            f"Expected a table ({', '.join(TABLES)}) with columns {list(columns)}. Got the text file {path}. Use a table."
-        )
+        raise ConfigError(f"Expected a table ({', '.join(TABLES)}) with columns {list(columns)}. Got the text file {path}. Use a table.")
     for where, row in rows:
         require_columns(where, row, columns)
         yield where, row
@@ -102,9 +98,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 def require_columns(where: str, row: dict[str, Any], columns: Sequence[str]) -> None:
     for column in columns:
         if column not in row:
-            raise ConfigError(
-                f"Expected a column {column!r} at {where}. Got the columns {sorted(row)}. Name one of them in the config."
-            )
+            raise ConfigError(f"Expected a column {column!r} at {where}. Got the columns {sorted(row)}. Name one of them in the config.")
 
 
 def as_text(value: Any, where: str, column: str) -> str:

@@ -113,9 +113,7 @@ class PairFeed:
 class PairValidation:
     """All pairs once, in order. Rows past the end have `IGNORED` labels: every rank makes the same number of batches."""
 
-    def __init__(
-        self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, sequences: int
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, sequences: int) -> None:
         self.rows = PairRows.encode(examples, tokenizer, task, context)
         self.sequences = sequences
 

@@ -133,9 +133,7 @@ def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool,
 
     folder = Path(name).expanduser()
     try:
-        rows = datasets.load_dataset(
-            str(folder) if folder.is_dir() else name, config, split=split, revision=revision, streaming=streaming
-        )
+        rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected the data set {name!r}, configuration {config!r}, split {split!r}. Got: {error}. "

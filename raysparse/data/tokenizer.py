@@ -65,8 +65,7 @@ def import_pretrained(config: PretrainedTokenizer, cache: Path) -> Path:
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"Expected a tokenizer with an end-of-text token at {config.path!r}. Got none. "
-            "Set eos_token in its tokenizer_config.json."
+            f"Expected a tokenizer with an end-of-text token at {config.path!r}. Got none. Set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

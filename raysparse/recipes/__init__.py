@@ -3,7 +3,7 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import evaluate, finetune, pretrain
+from raysparse.recipes import compare, evaluate, export, finetune, pretrain
 from raysparse.recipes.job import Job
 
 MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
@@ -13,6 +13,8 @@ CONFIGS: dict[str, type[Config]] = {
     "pretrain": pretrain.PretrainConfig,
     "finetune": finetune.FinetuneConfig,
     "evaluate": evaluate.EvaluateConfig,
+    "export": export.ExportConfig,
+    "compare": compare.CompareConfig,
 }
 """Verb -> its config."""
 

@@ -19,7 +19,7 @@ from raysparse.tasks.generate import GenerationConfig, generate
 from raysparse.tasks.metrics import score
 from raysparse.train.run import Run, RunConfig, resolve_device
 
-OUTPUTS = "outputs.jsonl"
+PREDICTIONS = "predictions.jsonl"
 """One line an example: its source, the model's answer, the references, the baseline's answer. Anyone can rescore it."""
 
 
@@ -82,7 +82,7 @@ def score_model(
     model_folder: str | Path, out: Path, task: Any, examples: list[Example], context: int, generation: GenerationConfig,
     evaluation: EvaluationConfig, run: Run,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``outputs.jsonl`` into `out`."""
+    """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`."""
     examples = examples[: evaluation.max_examples]
     tokenizer = load_tokenizer(model_folder)
     model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context)
@@ -98,10 +98,10 @@ def score_model(
     guesses = [task.baseline(example) for example in examples]
     if run.rank == 0:
         lines = [
-            json.dumps({"source": e.source, "output": h, "references": e.references, "baseline": g})
+            json.dumps({"source": e.source, "hypothesis": h, "references": e.references, "baseline": g})
             for e, h, g in zip(examples, hypotheses, guesses, strict=True)
         ]
-        write_atomically(out / OUTPUTS, "".join(line + "\n" for line in lines))
+        write_atomically(out / PREDICTIONS, "".join(line + "\n" for line in lines))
     return {
         "name": task.type,
         "primary": task.primary,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation
-from raysparse.models.build import architecture, build
+from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
 from raysparse.recipes.job import Job, open_job
@@ -43,35 +43,45 @@ class FinetuneConfig(training.TrainingRunConfig):
     flops: FlopsConfig = FlopsConfig()
 
 
-def check(config: FinetuneConfig) -> dict[str, Any]:
-    """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know."""
+def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[str, Any]:
+    """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know.
+
+    Args:
+        tokenizer_folder: of a model that an earlier stage of the same group will have trained by then.
+    """
     training.check_sizes(config)
-    config = with_model_folder(config)
+    if tokenizer_folder is None:
+        config = with_model_folder(config)
+        _check_model(config)
+        tokenizer_folder = config.model.path
+    assert tokenizer_folder is not None
+    tokenizer = evaluate.load_tokenizer(tokenizer_folder)
+    splits = evaluate.examples_of(config.task)
+    rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
+    training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
+    return {
+        "examples": str(evaluate.store_examples(config.task)),
+        "num_pairs": len(rows),
+        "num_truncated": rows.num_truncated,
+        "num_truncated_targets": rows.num_truncated_targets,
+    }
+
+
+def _check_model(config: FinetuneConfig) -> None:
+    """A model folder that fits the task, with masks if they are to be kept."""
     assert config.model.path is not None
-    tokenizer = evaluate.load_tokenizer(config.model.path)
-    architecture(config.model, len(tokenizer), config.context)
     folder = Path(config.model.path)
+    architecture(config.model, len(evaluate.load_tokenizer(folder)), config.context)
     if config.sparsity.masks == "keep" and not (folder / MASKS).exists():
         raise ConfigError(
             f"Expected {MASKS} in {folder} for sparsity.masks=keep. Got none: the model is dense, or not from raysparse. "
             "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
         )
-    splits = evaluate.examples_of(config.task)
-    rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
-    training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
-    parent = folder.parent / "summary.json"
-    return {
-        "examples": str(evaluate.store_examples(config.task)),
-        "model": config.model.path,
-        "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
-        "num_truncated": rows.num_truncated,
-        "num_pairs": len(rows),
-    }
 
 
-def open_run(config: FinetuneConfig) -> Job:
-    """Check the config and the model, make or reopen the run folder."""
-    prepared = check(config)
+def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
+    """Check the config and the model (see `check`), make or reopen the run folder."""
+    prepared = check(config, tokenizer_folder)
     job = open_job("finetune", config, config.run, prepared)
     checkpoint.newest(job.path / "checkpoints")
     return job
@@ -89,6 +99,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     tokenizer = evaluate.load_tokenizer(folder)
     splits = evaluate.load_examples(Path(job.prepared["examples"]))
     model = build(config.model, config.run.seed, len(tokenizer), config.context)
+    sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
     device = resolve_device(config.run)
 
     def topology(sharded: Sharded) -> Topology | None:
@@ -98,6 +109,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed)
     parts = training.Ingredients(
         model=model,
+        sparse={name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse},
+        target=0.0 if config.sparsity.masks == "lift" else None,
         topology=topology,
         feed=feed,
         validation=PairValidation(splits["validation"], tokenizer, task, config.context, size),
@@ -106,7 +119,11 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
     )
-    facts = {"parent": job.prepared["parent"], "path": f"{config.sparsity.masks} masks"}
+    parent = folder.parent / "summary.json"
+    facts = {
+        "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
+        "data": {key: job.prepared[key] for key in ("num_pairs", "num_truncated", "num_truncated_targets")},
+    }
     summary = training.carry_out(job, config, run, parts, facts, str(folder))
     scores = evaluate.score_model(
         job.path / "export",

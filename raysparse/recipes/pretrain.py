@@ -85,6 +85,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     num_validation = min(config.training.validation_sequences, num_windows(validation, config.data.context))
     parts = training.Ingredients(
         model=model,
+        sparse=plan.shapes,
+        target=config.sparsity.target,
         topology=topology,
         feed=TokenFeed(TokenFile.open(data.train), config.data.context, config.training.sequences, config.run.seed),
         validation=TokenValidation(validation, config.data.context, num_validation),

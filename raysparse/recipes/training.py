@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from raysparse.data.batch import Feed
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
+from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Convention, Ledger
 from raysparse.sparsity.topology import Topology, pack
 from raysparse.train import checkpoint, length, metrics
@@ -92,11 +94,15 @@ class Ingredients:
 
     Attributes:
         model: built alike on every rank, float32, on the CPU.
+        sparse: whole shapes of the weights that may be sparse (all of them live in a dense run).
+        target: the sparsity that was asked for; None where masks came with the model.
         topology: sharded model -> its masks, or None to train dense.
         convention: how FLOPs are counted.
     """
 
     model: Any
+    sparse: Mapping[str, Shape]
+    target: float | None
     topology: Callable[[Sharded], Topology | None]
     feed: Feed
     validation: Feed
@@ -166,12 +172,15 @@ def carry_out(
     forget_peak_memory()
     if run.rank == 0:
         write_environment(job.path, config.run)
+        facts_for_export = {"hf_config": parts.model.config.to_dict(), "tokenizer": tokenizer}
+        write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     state = train(t, state)
     t.meter.close()
-    summary = summarize(job, config, t, state) | dict(facts)
+    summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     weights, masks = gather(t)
     if run.rank == 0:
+        shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
         write_model(job.path / "export", weights, masks, parts.model.config, tokenizer, summary)
     dist.barrier()
     return summary
@@ -185,30 +194,33 @@ def finish(job: Job, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def summarize(job: Job, config: TrainingRunConfig, t: Training, state: State) -> dict[str, Any]:
+def summarize(
+    job: Job, config: TrainingRunConfig, t: Training, state: State, sparse: Mapping[str, Shape], target: float | None
+) -> dict[str, Any]:
     """The facts of a finished run, documented key by key in docs/summary.md; every rank calls this."""
-    size = {name: prod(part.shape) for name, part in t.sharded.parts.items()}
-    sparse = {} if t.topology is None else t.topology.shapes
-    nnz, total = sum(t.nnz[name] for name in sparse), sum(map(prod, sparse.values()))
+    parameters = sum(prod(part.shape) for part in t.sharded.parts.values())
+    live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
+    nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
+    actual = 1 - nnz / total if total else 0.0
     peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([t.sharded.wire.bytes_sent])
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    dist.all_reduce(sent)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
     return {
         "raysparse": __version__,
         "verb": job.verb,
         "name": job.path.name,
         "config_digest": config.digest(),
-        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": sum(size.values())},
+        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters},
         "loss": state.losses | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step},
         "sparsity": {
-            "target": 1 - nnz / total if total else 0.0,
-            "actual": 1 - nnz / total if total else 0.0,
-            "of_model": (total - nnz) / sum(size.values()),
+            "target": actual if target is None else target,
+            "actual": actual,
+            "of_model": (total - nnz) / parameters,
             "nnz": nnz,
             "total": total,
-            "mask_digest": None if t.topology is None else t.topology.digest(t.sharded.ranks),
+            "mask_digest": "" if t.topology is None else t.topology.digest(t.sharded.ranks),
             "layers": [
-                {"name": name, "shape": list(shape), "nnz": t.nnz[name], "sparsity": 1 - t.nnz[name] / prod(shape)}
+                {"name": name, "shape": list(shape), "nnz": live[name], "sparsity": 1 - live[name] / prod(shape)}
                 for name, shape in sparse.items()
             ],
         },

@@ -28,9 +28,7 @@ class Notes:
     """Further sentences after the plots, such as what the runs cannot show."""
 
 
-def write_page(
-    path: str | Path, title: str, runs: Sequence[Run], distances: Mapping[str, Mapping[str, float]], notes: Notes
-) -> None:
+def write_page(path: str | Path, title: str, runs: Sequence[Run], distances: Mapping[str, Mapping[str, float]], notes: Notes) -> None:
     """Write the page to ``path``, whose folder is made.
 
     Args:

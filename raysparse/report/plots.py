@@ -67,9 +67,7 @@ def loss_curves(runs: Sequence[Run]) -> str:
         ends = [points[-1][0] for points in shown if points]
         half.set_xlim(0.5 * min(ends, default=0) / scale, 1.02 * max(ends, default=1) / scale)
         half.set(xlabel=f"tokens trained on ({unit})", title="last half, enlarged")
-        figure.legend(
-            *whole.get_legend_handles_labels(), loc="outside lower center", ncols=1 if len(runs) < 3 else 2, handlelength=3.5
-        )
+        figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=1 if len(runs) < 3 else 2, handlelength=3.5)
         return _svg(figure, "Training and validation loss over tokens, by run")
 
 

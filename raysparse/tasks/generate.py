@@ -1,6 +1,5 @@
 """Answers of a model to prompts, in batches of similar length."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,8 +48,7 @@ def generate(
     room = getattr(model.config, "max_position_embeddings", longest)
     if longest > room:
         raise ConfigError(
-            f"Expected prompts and answers within the model's {room} positions. Got {longest}. "
-            "Lower max_new_tokens or cut the prompts."
+            f"Expected prompts and answers within the model's {room} positions. Got {longest}. Lower max_new_tokens or cut the prompts."
         )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = Settings(
@@ -64,11 +62,9 @@ def generate(
     )
     was_training = model.training
     model.eval()
-    order = sorted(
-        range(len(prompts)), key=lambda index: -len(prompts[index])
-    )  # the longest first: too little memory shows at once
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: too little memory shows at once
     answers = [""] * len(prompts)
-    with tqdm(desc="generating", total=len(prompts), disable=not (progress and sys.stderr.isatty())) as bar:
+    with tqdm(desc="generating", total=len(prompts), disable=None if progress else True) as bar:
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
             ids, mask = left_pad([prompts[row] for row in rows], pad)

@@ -111,7 +111,6 @@ class Pairs(Task):
         targets = [files.as_text(one, where, self.target) for one in (value if isinstance(value, list) else [value])]
         if not targets or not all(target.strip() for target in targets):
             raise ConfigError(
-                f"Expected a target in column {self.target!r} at {where}. Got {value!r:.80}. "
-                "Remove the row or choose another column."
+                f"Expected a target in column {self.target!r} at {where}. Got {value!r:.80}. Remove the row or choose another column."
             )
         return targets

@@ -21,7 +21,7 @@ def test_a_trained_tokenizer_loads_and_encodes_any_text(folder):
     assert loaded.eos_token == loaded.pad_token == END_OF_TEXT
     for text in ("sparse weights", "Ünïcode \U0001f600\n\ttabs  spaces ", "don't"):
         assert loaded.decode(loaded(text)["input_ids"]) == text
-    assert len(loaded("sparse weight dense")["input_ids"]) < 10
+    assert len(loaded("sparse weight dense")["input_ids"]) <= 10
 
 
 def test_training_is_repeatable_and_cached(folder, texts, tmp_path, monkeypatch):

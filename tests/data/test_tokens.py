@@ -1,5 +1,6 @@
 import json
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from raysparse.config import ConfigError
-from raysparse.data import shards, tokens
+from raysparse.data import encode, tokens
 from raysparse.data.batch import IGNORED
 from raysparse.data.cache import publish
 from raysparse.data.shards import ShardWriter, TokenFile, cross_entropy, entropy
@@ -36,7 +37,7 @@ def with_text(config, path, rows, **changes):
 
 def decoded(prepared, split):
     file = TokenFile.open(getattr(prepared, split))
-    return load(prepared.tokenizer).decode(file.windows(np.array([0]), len(file))[0])
+    return str(load(prepared.tokenizer).decode(file.windows(np.array([0]), len(file))[0]))
 
 
 def test_every_document_is_in_exactly_one_split(data, texts):
@@ -59,9 +60,9 @@ def test_what_is_prepared_is_found_again_and_travels_as_json(data, monkeypatch):
 
 
 def test_the_cache_follows_the_content(data, tmp_path):
-    config = with_text(data, tmp_path / "a.jsonl", [f"one {k}" for k in range(60)])
+    config = with_text(data, tmp_path / "a.jsonl", [f"one {k}" for k in range(300)])
     first = prepare(config)
-    second = prepare(with_text(data, tmp_path / "a.jsonl", [f"two {k}" for k in range(60)]))
+    second = prepare(with_text(data, tmp_path / "a.jsonl", [f"two {k}" for k in range(300)]))
     assert first.train != second.train
     assert "two" in decoded(second, "train")
     assert "two" not in decoded(first, "train")
@@ -71,16 +72,23 @@ def test_processes_do_not_change_the_tokens(data, tmp_path, monkeypatch):
     """Many small chunks, in this process and in two others; a limit in the middle of a chunk."""
     monkeypatch.setattr(tokens, "_CHUNK_CHARS", 700)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
+    pools = []
+
+    def pool(*args):
+        pools.append(args[0])
+        return ProcessPoolExecutor(*args)
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", pool)
     for max_tokens in (None, 2000):
         config = data.model_copy(update={"max_tokens": max_tokens})
         alone, parallel = (
-            prepare(config.model_copy(update={"num_proc": num_proc, "cache_dir": str(tmp_path / f"{num_proc}")}))
-            for num_proc in (1, 2)
+            prepare(config.model_copy(update={"num_proc": num_proc, "cache_dir": str(tmp_path / f"{num_proc}")})) for num_proc in (1, 2)
         )
         for split in ("train", "validation"):
             indices = [json.loads(Path(getattr(p, split)).read_text()) for p in (alone, parallel)]
             assert indices[0] == indices[1]
         assert alone.num_train_tokens == (max_tokens or alone.num_train_tokens)
+    assert pools == [2, 2]
 
 
 def test_max_tokens_bounds_a_stream(data, texts, tmp_path):
@@ -241,4 +249,3 @@ def test_the_config_reads_from_plain_data():
     assert DataConfig.check(config.model_dump(mode="json")) == config
     with pytest.raises(ConfigError, match=r"validation\.holdout\.fraction: Input should be less than 1"):
         DataConfig.check({"validation": {"type": "holdout", "fraction": 1}})
-    assert shards.SHARD_TOKENS > 1

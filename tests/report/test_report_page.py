@@ -21,9 +21,7 @@ def gpt2(folder: Path, seed: int, changes: dict[str, torch.Tensor] | None = None
     """An exported GPT-2 of width 4 in one or more safetensors files."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "mlp.c_fc": (4, 16), "mlp.c_proj": (16, 4)}
-    weights = {
-        f"transformer.h.{i}.{m}.weight": torch.randn(s, generator=generator) for i in range(layers) for m, s in shapes.items()
-    }
+    weights = {f"transformer.h.{i}.{m}.weight": torch.randn(s, generator=generator) for i in range(layers) for m, s in shapes.items()}
     weights |= {"transformer.wte.weight": torch.ones(7, 4), "transformer.h.0.ln_1.weight": torch.ones(4)}
     weights |= changes or {}
     folder.mkdir()
@@ -44,9 +42,7 @@ def test_distances_by_hand_and_in_thirds(tmp_path):
     after[1, 2:4] = 1.0  # WK turns by 45 degrees
     after[0, 4:] = -3.0  # WV points the other way
     key = "transformer.h.0.attn.c_attn.weight"
-    distances = cosine_distances(
-        gpt2(tmp_path / "a", 0, {key: before}, layers=1), gpt2(tmp_path / "b", 0, {key: after}, layers=1)
-    )
+    distances = cosine_distances(gpt2(tmp_path / "a", 0, {key: before}, layers=1), gpt2(tmp_path / "b", 0, {key: after}, layers=1))
     assert list(distances) == ["0.WQ", "0.WK", "0.WV", "0.WD", "0.WI", "0.WO"]
     assert distances["0.WQ"] == pytest.approx(0.0, abs=1e-15)
     assert distances["0.WK"] == pytest.approx(1 - math.sqrt(0.5), abs=1e-12)
@@ -165,9 +161,7 @@ class _Reader(HTMLParser):
 
 def test_page_is_complete_escaped_and_asks_for_nothing(runs, tmp_path):
     path = tmp_path / "new" / "page.html"
-    notes = Notes(
-        question="Why <this>?", commands=("raysparse pretrain a&b",), negative=("It <did> not.",), remarks=("A TITLE & BODY.",)
-    )
+    notes = Notes(question="Why <this>?", commands=("raysparse pretrain a&b",), negative=("It <did> not.",), remarks=("A TITLE & BODY.",))
     write_page(path, "T <i> BODY", runs, MAPS, notes)
     page = path.read_text()
     reader = _Reader()
@@ -187,13 +181,7 @@ def test_page_is_complete_escaped_and_asks_for_nothing(runs, tmp_path):
         assert text in page
     for text in ("digest-of-dense", "feedc0de", "torch 2.13.0", "prefers-color-scheme: dark", "width=device-width"):
         assert text in page
-    assert (
-        page.index("Why")
-        < page.index('class="answer"')
-        < page.index("<table>")
-        < page.index("<svg")
-        < page.index("How to reproduce")
-    )
+    assert page.index("Why") < page.index('class="answer"') < page.index("<table>") < page.index("<svg") < page.index("How to reproduce")
 
 
 def test_page_says_negative_results_plainly(runs, write_run, tmp_path):
@@ -222,8 +210,7 @@ def test_answer_holds_difference_and_reduction(runs, tmp_path):
     assert found is not None
     assert "at 75 % sparsity +0.7500 (noise not judged), 1.60x fewer" in found[1]
     assert (
-        "bleu on e2e against the dense pair, and counted FLOPs end to end: 75 % → dense -55.00 (noise not judged), 1.23x fewer"
-        in found[1]
+        "bleu on e2e against the dense pair, and counted FLOPs end to end: 75 % → dense -55.00 (noise not judged), 1.23x fewer" in found[1]
     )
     assert "masks on dense kernels saved no time here" in found[1]
     write_page(tmp_path / "page.html", "t", runs[:1], {}, Notes())

@@ -91,9 +91,7 @@ def test_pretraining_block_holds_what_the_summary_says(write_run):
 
 @pytest.mark.parametrize(("error", "mark"), [(0.5, " ≈"), (0.01, "")])
 def test_loss_difference_is_judged_by_the_standard_errors(write_run, error, mark):
-    dense, sparse = (
-        read_run(write_run(name, sparsity=s, loss__validation_stderr=error)) for name, s in (("dense", 0), ("sparse", 0.75))
-    )
+    dense, sparse = (read_run(write_run(name, sparsity=s, loss__validation_stderr=error)) for name, s in (("dense", 0), ("sparse", 0.75)))
     assert loss_difference(sparse, dense).text(4) == "+0.7500" + mark
     assert loss_difference(sparse, dense).high == pytest.approx(0.75 + 1.96 * 2**0.5 * error)
 

@@ -1,0 +1,129 @@
+"""SPDF from end to end, beside its dense twin: two pre-trainings, three fine-tunings, one table and one page.
+
+The stages run back to back in one worker group: `dense` and `sparse` share seed, data order and steps; each is fine-tuned with
+every weight alive, and the sparse one once more with its mask kept.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from raysparse.config import Config, ConfigError, merge, read_yaml
+from raysparse.recipes import finetune, pretrain
+from raysparse.recipes.finetune import FinetuneConfig
+from raysparse.recipes.job import Job, write_atomically
+from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.sparsity.plan import Sparsity
+from raysparse.train.run import RunConfig
+
+Launch = Callable[[list[Job]], list[dict[str, Any]]]
+
+
+class StageConfig(Config):
+    """The config of a kind of stage: YAML files, and what to change in them."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """Config files of the stage's own verb, merged left to right."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys to change, for example ``pretrain.set.training.length=100`` on the command line."""
+
+
+class CompareConfig(Config):
+    """`raysparse compare`: is it worth it to leave most weights out? All stages, one worker group, report.html."""
+
+    run: RunConfig = RunConfig(name="compare")
+    """Name and place of the whole; its name, folder, seed, workers, threads, device and parity hold for every stage."""
+    pretrain: StageConfig
+    finetune: StageConfig
+    sparsity: Sparsity = 0.75
+    """Of the sparse pre-training."""
+
+
+def compare(config: CompareConfig, launch: Launch) -> tuple[dict[str, Any], str]:
+    """Run every stage that is not finished, then compare; returns the facts and the table as text."""
+    jobs = open_runs(config)
+    launch(jobs)
+    return report(config, [job.path for job in jobs])
+
+
+def dry_run(config: CompareConfig) -> dict[str, Any]:
+    """Check the configs of all stages; nothing is tokenized or written."""
+    stages = pretrain_configs(config)
+    return {name: pretrain.dry_run(stage) for name, stage in stages.items()} | {
+        name: stage.model_dump(mode="json") for name, stage in finetune_configs(config).items()
+    }
+
+
+def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
+    """The twins: equal but for the sparsity."""
+    levels = {"pretrain-dense": 0.0, "pretrain-sparse": config.sparsity}
+    return {
+        name: PretrainConfig.check(_values(config, config.pretrain, name, {"sparsity": {"target": level}}))
+        for name, level in levels.items()
+    }
+
+
+def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
+    """Dense from dense, dense from sparse (SPDF), sparse from sparse."""
+    stages = {
+        "dense-to-dense": ("pretrain-dense", "lift"),
+        "sparse-to-dense": ("pretrain-sparse", "lift"),
+        "sparse-to-sparse": ("pretrain-sparse", "keep"),
+    }
+    result = {}
+    for name, (parent, masks) in stages.items():
+        own = {"model": {"path": str(config.run.path / parent)}, "sparsity": {"masks": masks}}
+        result[name] = FinetuneConfig.check(_values(config, config.finetune, name, own))
+    return result
+
+
+def open_runs(config: CompareConfig) -> list[Job]:
+    """The jobs of all stages, everything checked that can be checked before the first one has run."""
+    if config.sparsity == 0:
+        raise ConfigError("Expected a sparsity above 0 to compare with the dense twin. Got 0. Example: sparsity=0.75")
+    twins, tuned = pretrain_configs(config), finetune_configs(config)
+    jobs = [pretrain.open_run(stage) for stage in twins.values()]
+    tokenizer = jobs[0].prepared["tokenizer"]
+    longest = max(stage.context for stage in tuned.values())
+    if longest > next(iter(twins.values())).data.context:
+        raise ConfigError(
+            f"Expected finetune's context to fit the pre-trained model. Got {longest} tokens, "
+            f"pre-training has {next(iter(twins.values())).data.context}. Lower finetune.set.context."
+        )
+    return jobs + [finetune.open_run(stage, tokenizer) for stage in tuned.values()]
+
+
+def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], str]:
+    """Write ``report.html``, ``table.md`` and ``comparison.json`` into the run folder; returns the facts and the table."""
+    from raysparse.report import read_run
+    from raysparse.report.distance import cosine_distances
+    from raysparse.report.page import Notes, write_page
+    from raysparse.report.table import comparison
+
+    runs = [read_run(folder) for folder in folders]
+    table = comparison(runs)
+    root = config.run.path
+    distances = {
+        "dense": cosine_distances(root / "pretrain-dense" / "export", root / "dense-to-dense" / "export"),
+        f"{config.sparsity:.0%} sparse": cosine_distances(root / "pretrain-sparse" / "export", root / "sparse-to-dense" / "export"),
+    }
+    command = f"raysparse compare CONFIG run.name={config.run.name} sparsity={config.sparsity}"
+    write_page(root / "report.html", f"raysparse: {config.sparsity:.0%} sparse against dense", runs, distances, Notes(commands=(command,)))
+    write_atomically(root / "table.md", table.markdown() + "\n")
+    facts = {
+        "report": str(root / "report.html"),
+        "stages": {run.name: run.summary for run in runs},
+        "distances": distances,
+    }
+    return facts, f"{table.terminal()}\nPlots and details: {root / 'report.html'}"
+
+
+def _values(config: CompareConfig, stage: StageConfig, name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """The plain config of a stage: its files, the user's changes, what the comparison needs, and the common run section."""
+    values: dict[str, Any] = {}
+    for file in stage.files:
+        values = merge(values, read_yaml(file))
+    common = config.run.model_dump(mode="json") | {"name": name, "folder": str(config.run.path)}
+    return merge(merge(merge(values, stage.set), own), {"run": common})
