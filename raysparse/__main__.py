@@ -36,7 +36,11 @@ HELP = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status: 0 done, 1 the run failed, 2 the user can mend it."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown option {' '.join(unknown)}; `raysparse {args.verb} --help` lists them")
+    args.words += rest  # overrides after an option
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         files = [word for word in args.words if "=" not in word]

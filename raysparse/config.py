@@ -34,7 +34,7 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         """The complete config, defaults included; ``load`` reads it back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Self:
@@ -42,7 +42,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = [_describe(problem) for problem in error.errors()]
+            problems = [_describe(problem, values) for problem in error.errors()]
             raise ConfigError(
                 f"Expected a valid {cls.__name__}. Got {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
                 + "\n".join(f"  {problem}" for problem in problems)
@@ -116,18 +116,30 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _describe(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "(the whole config)"
+def _describe(problem: Any, values: Any) -> str:
+    path = []
+    for part in problem["loc"]:
+        if isinstance(values, Mapping) and part not in values and part == values.get("type"):
+            continue  # pydantic names the member of a union; that is no key
+        path.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else None
+    where = ".".join(path) or "(the whole config)"
     got = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r})"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}"
+    text = "no such key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {text}{got}"
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 3e-4 and 1_000.5 as numbers: YAML 1.1 wants 3.0e-4, which nobody writes."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the strings `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+        list("-+0123456789"),
+    )

@@ -37,9 +37,9 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
             rank.join(10)
             if rank.is_alive():
                 rank.kill()
-    for rank, result in sorted(results.items()):
-        if isinstance(result, _Failure):
-            raise AssertionError(f"rank {rank} of {world_size}:\n{result.text}")
+    failures = [f"rank {rank} of {world_size}:\n{result.text}" for rank, result in results.items() if isinstance(result, _Failure)]
+    if failures:
+        raise AssertionError("\n".join(failures))  # in the order in which they failed: the first is the cause
     return [results[rank] for rank in range(world_size)]
 
 

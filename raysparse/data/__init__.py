@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, the token cache, and the feeds of the training loop."""

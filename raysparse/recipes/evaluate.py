@@ -42,6 +42,8 @@ class EvaluateConfig(Config):
     """Tokens of the longest prompt and answer together; longer prompts are cut."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    cache_dir: str = "~/.cache/raysparse"
+    """Where the examples are kept for the workers; with several nodes, on storage they all share."""
 
 
 def check(config: EvaluateConfig) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         config.context,
         config.generation.max_new_tokens,
     )
-    return {"examples": str(store_examples(config.task)), "model": folder}
+    return {"examples": str(store_examples(config.task, config.cache_dir)), "model": folder}
 
 
 def open_run(config: EvaluateConfig) -> Job:
@@ -147,7 +149,7 @@ def examples_of(task: Any) -> dict[Split, list[Example]]:
     return _examples_by_json(task.model_dump_json())
 
 
-def store_examples(task: Any, cache_dir: str = "~/.cache/raysparse") -> Path:
+def store_examples(task: Any, cache_dir: str) -> Path:
     """Write the examples where the workers read them, under a name that is a hash of their content."""
     import hashlib
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from raysparse.config import Config, ConfigError
 from raysparse.models.export import check_target, write_folder
 from raysparse.train import checkpoint
+from raysparse.train.process import process_group
 
 MASKS = "masks.safetensors"
 """Bit-packed masks ([rows, ceil(cols / 8)] uint8) under the names and in the [out, in] layout of the training model."""
@@ -64,7 +65,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         for key, meta in stored.items()
         if key.startswith(wanted) and isinstance(meta, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=str(path))
+    with process_group("cpu"):
+        dcp.load(state, checkpoint_id=str(path))
     weights, masks = ({key[len(kind) :]: value for key, value in state.items() if key.startswith(kind)} for kind in wanted)
     hf_config = AutoConfig.for_model(**facts["hf_config"])
     step = int(path.name.removeprefix("step_"))

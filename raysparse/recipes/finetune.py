@@ -41,6 +41,8 @@ class FinetuneConfig(training.TrainingRunConfig):
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     flops: FlopsConfig = FlopsConfig()
+    cache_dir: str = "~/.cache/raysparse"
+    """Where the examples are kept for the workers; with several nodes, on storage they all share."""
 
 
 def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
     return {
-        "examples": str(evaluate.store_examples(config.task)),
+        "examples": str(evaluate.store_examples(config.task, config.cache_dir)),
         "num_pairs": len(rows),
         "num_truncated": rows.num_truncated,
         "num_truncated_targets": rows.num_truncated_targets,

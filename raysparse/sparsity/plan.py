@@ -63,7 +63,8 @@ class SparsityPlan:
 
         The rule: the total is ``floor((1 - target) * N + 1/2)`` for the N weights without a level of their own; each layer gets
         the floor of its exact share and the missing ones go, one each, to the largest fractions (ties: model order). Targets
-        are read as the decimals they are written as (0.9 is 9/10). No layer is left empty unless its own level is 1.
+        are read as the decimals they are written as (0.9 is 9/10). No layer is left empty unless its own level is 1: one that
+        would be takes a weight from the layer that then has most.
 
         Raises:
             ConfigError: a pattern in `layers` that matches nothing, or fewer live weights than layers.
@@ -78,23 +79,22 @@ class SparsityPlan:
 
 
 def share_out(shapes: Mapping[str, Shape], total: int, distribution: Distribution) -> dict[str, int]:
-    """`total` live weights over the layers, in exact arithmetic; at least 1 in each."""
+    """`total` live weights over the layers, in exact arithmetic; a layer that would be empty takes 1 from the fullest."""
     if total < len(shapes):
         raise ConfigError(
             f"Expected at least one live weight in each of {len(shapes)} layers. Got {total} for all of them. "
             "Lower sparsity.target, or empty a layer explicitly with sparsity.layers."
         )
     exact = _water_fill(shapes, total, distribution)
-    nnz = {name: max(1, floor(share)) for name, share in exact.items()}
-    order = sorted(exact, key=lambda name: floor(exact[name]) - exact[name])  # largest fraction first; sorted is stable
-    missing = total - sum(nnz.values())
-    for name in order * 2:
-        if missing > 0 and nnz[name] < prod(shapes[name]):
-            nnz[name], missing = nnz[name] + 1, missing - 1
-    for name in sorted(nnz, key=lambda name: -nnz[name]):  # layers raised to 1 take theirs from the largest
-        take = min(-missing, nnz[name] - 1) if missing < 0 else 0
-        nnz[name], missing = nnz[name] - take, missing + take
+    nnz = {name: floor(share) for name, share in exact.items()}
+    order = sorted(exact, key=lambda name: nnz[name] - exact[name])  # largest fraction first; sorted is stable
+    for name in order[: total - sum(nnz.values())]:
+        nnz[name] += 1
+    for name in [name for name, count in nnz.items() if count == 0]:
+        nnz[name] += 1
+        nnz[max(nnz, key=lambda other: nnz[other])] -= 1
     assert sum(nnz.values()) == total, (nnz, total)
+    assert all(1 <= count <= prod(shapes[name]) for name, count in nnz.items()), nnz
     return nnz
 
 

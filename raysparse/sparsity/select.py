@@ -35,6 +35,7 @@ def top_masks(keys: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> li
         digits = [(candidate >> shift) & ((1 << bits) - 1) for candidate in candidates]
         above = _suffix_sums(digits, 1 << bits, ranks)
         for i, digit in enumerate(digits):
+            assert 0 <= left[i] <= above[i, 0], f"{left[i]} of {int(above[i, 0])} elements of tensor {i}"
             if left[i] == 0:
                 threshold[i] = (threshold[i] << bits) | ((1 << bits) - 1)
                 candidates[i] = candidates[i][:0]

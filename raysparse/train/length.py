@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -30,14 +32,14 @@ Length = Annotated[str, BeforeValidator(_read)]
 
 
 def steps(length: str, scale: Scale) -> int:
-    """A length in whole optimizer steps, rounded down (at least 1 where it is not 0).
+    """A length in whole optimizer steps, rounded to the nearest, halves up (at least 1 where it is not 0).
 
     Raises:
         ValueError: epochs of a stream without end, or a share of a run whose length is being defined.
     """
     match = _FORM.match(length)
     assert match, length
-    amount, unit = float(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
+    amount, unit = Fraction(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
     if unit.startswith("token"):
         result = amount / scale.tokens_per_step
     elif unit.startswith("epoch"):
@@ -50,4 +52,4 @@ def steps(length: str, scale: Scale) -> int:
         result = amount / 100 * scale.steps
     else:
         result = amount
-    return max(int(result + 1e-9), min(1, int(amount > 0)))
+    return max(floor(result + Fraction(1, 2)), int(amount > 0))

@@ -90,7 +90,7 @@ class Console:
         elif "loss" in record:
             self._print(line(record))
         if "validation_loss" in record:
-            self._print(f"{record['stage']:>16} | step {record['step']:>8,} | validation loss {record['validation_loss']:.4f}")
+            self._print(f"{record['stage']:>16.16} | step {record['step']:>9,} | validation loss {record['validation_loss']:.4f}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -102,7 +102,7 @@ class Console:
 
         if "loss" not in record:
             return
-        if self._bar is None or self._bar.desc != f"{record['stage']}: ":
+        if self._bar is None or self._bar.desc != record["stage"]:
             self.close()
             self._bar = tqdm(total=record["steps"], desc=record["stage"], unit="step", file=self._stream, initial=record["step"])
         self._bar.update(record["step"] - self._bar.n)
@@ -123,7 +123,12 @@ def line(record: Mapping[str, Any]) -> str:
     """The console line of a training record; columns keep their places."""
     left = int(record["seconds_left"])
     return (
-        f"{record['stage']:>16} | step {record['step']:>8,}/{record['steps']:<8,} | loss {record['loss']:8.4f} | "
-        f"lr {record['lr']:.2e} | norm {record['grad_norm']:8.4f} | sparsity {record['sparsity']:.3f} | "
-        f"{record['tokens_per_s']:>10,.0f} tok/s | left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        f"{record['stage']:>16.16} | step {record['step']:>9,}/{record['steps']:<9,} | loss {_fixed(record['loss'])} | "
+        f"lr {record['lr']:.2e} | norm {_fixed(record['grad_norm'])} | sparsity {record['sparsity']:.3f} | "
+        f"{record['tokens_per_s']:>10,.0f} tok/s | left {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}"
     )
+
+
+def _fixed(value: float) -> str:
+    """Eight characters: four decimals below 1,000, powers of ten above."""
+    return f"{value:8.4f}" if abs(value) < 999.9 else f"{value:8.2e}"

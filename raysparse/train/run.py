@@ -22,7 +22,7 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0)
     """Masks, initial weights and data order are functions of it."""
     workers: int = Field(1, ge=1)
-    """Ray Train workers, one process and (on CUDA) one GPU each. Divides batch.sequences."""
+    """Ray Train workers, one process and (on CUDA) one GPU each. Divides training.sequences."""
     threads: int = Field(1, ge=1)
     """CPU threads of each worker; results on CPUs are bit-equal only at equal numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

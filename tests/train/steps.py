@@ -1,80 +1,94 @@
 """A small GPT trained for a few steps on made-up tokens, through the product's own assembly: what distributed tests run."""
 
+import json
+from collections.abc import Sequence
+import io
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raysparse.data.batch import Batch
-from raysparse.models.build import ModelConfig, build
+from raysparse.models.build import ModelConfig, build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
-from raysparse.sparsity.topology import Topology
-from raysparse.models.build import select
-from raysparse.train.loop import State, train
+from raysparse.sparsity.topology import Topology, pack, unpack
+from raysparse.train.loop import State, Training, train
 from raysparse.train.metrics import Console
+from raysparse.train.optimizer import moments
 from raysparse.train.run import LocalRun
 
-VOCAB, CONTEXT = 101, 16
+CONTEXT = 16
+SPARSE = {"target": 0.75}
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Feed of tokens that are a function of (step, row)."""
 
-    vocab: int = VOCAB
-    context: int = CONTEXT
+    vocab: int
 
-    def batch(self, step: int, rows: Any) -> Batch:
-        ids = torch.stack([torch.randint(self.vocab, (self.context + 1,), generator=torch.Generator().manual_seed(997 * step + row)) for row in rows])
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        ids = torch.stack([self._row(997 * step + row) for row in rows])
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    def _row(self, seed: int) -> torch.Tensor:
+        return torch.randint(self.vocab, (CONTEXT + 1,), generator=torch.Generator().manual_seed(seed))
 
 
 def config(**sections: Any) -> training.TrainingRunConfig:
-    """A GPT-2 of width 40 (5 heads): 120, 40 and 160 rows; 3 ranks divide none but the first, so shards are uneven."""
+    """A GPT-2 of width 40: weights of 101, 120, 40 and 160 rows. `sections` are merged over it, one level deep."""
     values: dict[str, Any] = {
         "run": {"name": "steps", "seed": 3},
-        "model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2}},
+        "model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "vocab_size": 101}},
         "optimizer": {"lr": 1e-2, "clip_norm": 0.05, "weight_decay": 0.1},
         "schedule": {"warmup": 4},
         "training": {"length": 24, "sequences": 6, "micro": 3, "validate_every": 12, "validation_sequences": 5},
         "checkpoint": {"every": "0 steps"},
-        "logging": {"every": 6, "tensorboard": False},
+        "logging": {"every": 1, "tensorboard": False},
     }
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
+        values[name] = values[name] | section if name in values else section
     return training.TrainingRunConfig.check(values)
 
 
-def assemble(folder: Path, settings: training.TrainingRunConfig, sparsity: SparsityConfig) -> tuple[training.Training, State]:
-    """The product's assembly over this rank."""
+def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> tuple[Training, State]:
+    """The product's assembly on this rank; goes on from the newest checkpoint in the folder."""
+    settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
-    model = build(settings.model, settings.run.seed, VOCAB, CONTEXT)
-    shapes = {name: tuple(dict(model.named_parameters())[name].shape) for name in select(model, sparsity.include, sparsity.exclude)}
-    plan = SparsityPlan.build(shapes, sparsity)
+    model = build(settings.model, settings.run.seed, context=CONTEXT)
+    whole = dict(model.named_parameters())
+    plan = SparsityPlan.build({name: tuple(whole[name].shape) for name in select(model, sparse.include, sparse.exclude)}, sparse)
 
     def topology(sharded: Any) -> Topology | None:
         if plan.total == plan.size:
             return None
-        return Topology.random(plan, {name: sharded.parts[name].rows for name in shapes}, settings.run.seed, sharded.ranks)
+        return Topology.random(plan, {name: sharded.parts[name].rows for name in plan.shapes}, settings.run.seed, sharded.ranks)
 
-    parts = training.Ingredients(model, topology, Tokens(), Tokens(), settings.training.validation_sequences, CONTEXT, None, "spdf")
+    tokens = Tokens(settings.model.overrides["vocab_size"])
+    parts = training.Ingredients(
+        model=model,
+        sparse=plan.shapes,
+        target=sparse.target,
+        topology=topology,
+        feed=tokens,
+        validation=tokens,
+        num_validation=settings.training.validation_sequences,
+        tokens_per_sequence=CONTEXT,
+        steps_per_epoch=None,
+        convention="spdf",
+    )
     job = Job("pretrain", settings.model_dump(mode="json"), {}, str(folder), "me")
-    quiet = Console(open("/dev/null", "w"))  # noqa: SIM115
+    quiet = Console((folder / "console.txt").open("a"))
     return training.assemble(job, settings, LocalRun(quiet), parts)
 
 
-def snapshot(t: training.Training) -> dict[str, Any]:
-    """Everything that must be equal at any world size: whole weights, moments, masks, as tensors."""
-    from raysparse.sparsity.topology import pack
-    from raysparse.train.optimizer import moments
-
-    result = {f"model/{name}": t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
+def snapshot(t: Training) -> dict[str, Any]:
+    """What must not depend on the number of ranks: whole weights, moments and masks as tensors, and the mask digest."""
+    result: dict[str, Any] = {f"model/{name}": t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
     for which in ("exp_avg", "exp_avg_sq"):
         for name, value in moments(t.sharded, t.optimizer, which).items():
             result[f"{which}/{name}"] = t.sharded.whole(name, value)
@@ -84,9 +98,45 @@ def snapshot(t: training.Training) -> dict[str, Any]:
     return result
 
 
-def run(folder: str, sections: dict[str, Any], sparsity: dict[str, Any], stop: int | None = None) -> dict[str, Any]:
-    """Train to the end; returns the snapshot, the losses and the gradient norms of the run."""
-    settings = config(**sections)
-    t, state = assemble(Path(folder), settings, SparsityConfig.check(sparsity))
-    state = train(t, state)
-    return snapshot(t) | {"state": asdict(state), "nnz": dict(t.nnz)}
+class Died(Exception):
+    """The end of a process that did not finish its run."""
+
+
+def run(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any], die_in: int = 0) -> dict[str, Any]:
+    """Train to the end, or to the middle of step `die_in`; returns `snapshot`, the state, and what the run's steps were.
+
+    ``history`` is rank 0's [(step, loss, gradient norm), ...] of the whole run, earlier processes included.
+    """
+    t, state = assemble(folder, sections, sparsity)
+
+    def die(*_: Any) -> None:
+        if state.step + 1 == die_in:
+            t.checkpointer.wait()
+            raise Died
+
+    t.optimizer.register_step_pre_hook(die)
+    try:
+        state = train(t, state)
+    except Died:
+        return {"state": asdict(state)}
+    return snapshot(t) | {"state": asdict(state), "nnz": dict(t.nnz), "history": history(folder), "sent": t.sharded.wire.bytes_sent}
+
+
+def history(folder: str | Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def dead(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Name -> [rows, cols] bool, True = dead, of a snapshot."""
+    names = [key.removeprefix("mask/") for key in result if key.startswith("mask/")]
+    return {name: ~unpack(result[f"mask/{name}"], result[f"model/{name}"].shape[1]) for name in names}
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Keys of tensors that are not bit-equal, and of losses, norms and digests that are not equal."""
+    keys = [key for key in a if isinstance(a[key], torch.Tensor)]
+    assert len(keys) > 10
+    assert keys == [key for key in b if isinstance(b[key], torch.Tensor)]
+    found = [key for key in keys if not torch.equal(a[key], b[key])]
+    return found + [key for key in ("digest", "history", "nnz") if a.get(key) != b.get(key)]

@@ -1,45 +1,84 @@
-"""Masks, weights and moments do not depend on the number of ranks, bit for bit."""
+"""Masks, weights, moments, losses and norms do not depend on the number of ranks, bit for bit."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.ranks import spawn
-from tests.train.steps import run
+from tests.train.steps import CONTEXT, dead, differences, run
 
-SPARSE = {"target": 0.75}
-
-
-def same(a: dict, b: dict) -> list[str]:
-    """Keys of tensors (and digests) that differ."""
-    keys = [key for key in a if isinstance(a[key], torch.Tensor)]
-    assert keys
-    assert keys == [key for key in b if isinstance(b[key], torch.Tensor)]
-    return [key for key in keys if not torch.equal(a[key], b[key])] + (["digest"] if a.get("digest") != b.get("digest") else [])
+# Two micro-batches a step. Rows: 101, 16, 120, 40, and 2 in the feed-forward layers, fewer than 3 ranks.
+SECTIONS = {
+    "run": {"name": "parity", "seed": 3, "parity": True},
+    "model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "n_inner": 2, "vocab_size": 101}},
+}
+SPARSE = {"target": 0.75, "distribution": {"type": "er"}, "layers": {"*.0.mlp.c_fc.weight": 0.5}}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return spawn(run, 1, str(tmp_path_factory.mktemp("alone")), {"run": {"seed": 3, "parity": True}}, SPARSE)[0]
+    return spawn(run, 1, str(tmp_path_factory.mktemp("alone")), SECTIONS, SPARSE)[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_bit_equal_at_any_world_size(alone, tmp_path, ranks):
-    other = spawn(run, ranks, str(tmp_path), {"run": {"seed": 3, "parity": True}}, SPARSE)
-    assert same(alone, other[0]) == []
-    assert alone["state"]["losses"]["train"] == other[0]["state"]["losses"]["train"]
+def test_any_world_size_is_bit_equal(alone, tmp_path, ranks):
+    for other in spawn(run, ranks, str(tmp_path), SECTIONS, SPARSE):
+        assert differences(alone, other) == []
 
 
-def test_clipping_bites_and_dead_entries_are_zero(alone):
-    dead = {key: ~_unpacked(alone, key) for key in alone if key.startswith("mask/")}
-    assert dead
-    for key, mask in dead.items():
-        name = key.removeprefix("mask/")
+def test_two_replicas_of_two_shards_are_bit_equal_to_one_rank(alone, tmp_path):
+    for other in spawn(run, 4, str(tmp_path), SECTIONS | {"sharding": {"replicas": 2}}, SPARSE):
+        assert differences(alone, other) == []
+
+
+def test_what_was_compared_is_a_sparse_run_with_clipping(alone):
+    assert [step for step, _, _ in alone["history"]] == list(range(1, 25))
+    assert min(norm for _, _, norm in alone["history"]) > 2 * 0.05  # clip_norm
+    assert alone["state"]["losses"]["train"] == alone["history"][-1][1]
+    assert alone["state"]["tokens"] == 24 * 6 * CONTEXT
+    assert alone["nnz"]["transformer.h.0.mlp.c_fc.weight"] == 40  # half of 2 x 40, its own level
+    assert alone["nnz"]["transformer.h.1.mlp.c_fc.weight"] == 80  # ER leaves so thin a layer dense
+    assert sum(mask.numel() for mask in dead(alone).values()) == 2 * (120 * 40 + 40 * 40 + 2 * 2 * 40)
+    for name, mask in dead(alone).items():
+        assert (~mask).sum() == alone["nnz"][name]
         for what in ("model", "exp_avg", "exp_avg_sq"):
             assert not alone[f"{what}/{name}"][mask].any()
             assert alone[f"{what}/{name}"][~mask].ne(0).all()
 
 
-def _unpacked(result, key):
-    from raysparse.sparsity.topology import unpack
+def test_batch_shared_out_over_two_ranks_differs_by_rounding_only(alone, tmp_path):
+    even = SECTIONS | {"run": {"name": "even", "seed": 3}, "optimizer": {"clip_norm": 0.05, "lr": 1e-2, "implementation": "foreach"}}
+    for other in spawn(run, 2, str(tmp_path), even, SPARSE):
+        assert other["digest"] == alone["digest"]
+        history, expected = torch.tensor(other["history"]), torch.tensor(alone["history"])
+        torch.testing.assert_close(history, expected, rtol=1e-5, atol=0)
 
-    return unpack(result[key], result[key.replace("mask/", "model/")].shape[1])
+
+def test_hash_seed_of_a_process_changes_nothing(alone, tmp_path):
+    """PYTHONHASHSEED orders sets and salts hash(): each rank here has its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import pickle, sys; from raysparse.train.process import process_group; from tests.train.steps import run\n"
+        f"with process_group('cpu'): result = run({str(tmp_path)!r}, {SECTIONS!r}, {SPARSE!r})\n"
+        "sys.stdout.buffer.write(pickle.dumps(result))"
+    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | where | {"RANK": str(rank), "PYTHONHASHSEED": str(rank + 1)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=240)
+        assert rank.returncode == 0
+        assert differences(alone, pickle.loads(output)) == []

@@ -1,0 +1,245 @@
+"""What a training step costs: masks against none, raysparse against a bare PyTorch loop of the same model.
+
+    python -m benchmarks.step                        GPT-2-small width, 2 layers, 512 tokens, one thread
+    python -m benchmarks.step --vocabulary 50257 --layers 12 --rounds 21
+
+Contestants take turns in one process and are compared round by round in CPU time, which other programs on the machine disturb
+little. Exit status 1 if a bound is missed.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import Ratio, interleave, table, write
+from raysparse.data.batch import Batch
+from raysparse.models.build import ModelConfig, architecture, build, select
+from raysparse.recipes import training
+from raysparse.recipes.job import Job
+from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
+from raysparse.sparsity.topology import Topology
+from raysparse.train.clip import clip_, global_norm
+from raysparse.train.loop import Training, forward_backward, update
+from raysparse.train.metrics import Console
+from raysparse.train.optimizer import moments
+from raysparse.train.process import process_group
+from raysparse.train.run import LocalRun
+
+BOUNDS = [  # contestant, over which, at most, what it says
+    ("sparsity 0", "no sparsity code", 1.02, "asking for no zeros is free"),
+    ("masked", "dense", 1.05, "masks, 75 % zeros, FSDP2"),
+    ("masked, sharding none", "dense, sharding none", 1.05, "masks, 75 % zeros, unsharded"),
+    ("dense, sharding none", "bare PyTorch", 1.05, "raysparse's loop, unsharded"),
+    ("dense", "bare PyTorch", 1.05, "raysparse's loop on one worker, FSDP2"),
+    ("dense", "bare PyTorch, Conv1D", 1.05, "the same over transformers' own GPT-2 with Conv1D"),
+]
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    width: int
+    vocabulary: int
+    tokens: int
+
+    @property
+    def model(self) -> ModelConfig:
+        overrides = {"n_layer": self.layers, "n_embd": self.width, "n_head": max(1, self.width // 64)}
+        return ModelConfig(preset="gpt2-small", overrides=overrides)
+
+
+class Feed:
+    """Random tokens, made once: no contestant pays for data."""
+
+    def __init__(self, size: Size):
+        ids = torch.randint(size.vocabulary, (1, size.tokens + 1), generator=torch.Generator().manual_seed(0))
+        self._batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        return self._batch
+
+
+def assemble(folder: Path, size: Size, sparsity: float, sharding: str) -> Training:
+    """raysparse as a recipe assembles it, one sequence of `size.tokens` a step."""
+    config = training.TrainingRunConfig(
+        model=size.model,
+        optimizer=training.OptimizerConfig(lr=1e-4),
+        training=training.TrainingConfig(sequences=1, micro=1),
+        sharding=training.ShardingConfig.check({"type": sharding}),
+        checkpoint=training.CheckpointConfig(asynchronous=False),
+        logging=training.LoggingConfig(tensorboard=False),
+    )
+    model = build(size.model, 0, size.vocabulary, size.tokens)
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in select(model)}
+    plan = SparsityPlan.build(shapes, SparsityConfig(target=sparsity))
+
+    def topology(sharded: Any) -> Topology | None:
+        if plan.total == plan.size:
+            return None
+        return Topology.random(plan, {name: sharded.parts[name].rows for name in shapes}, 0, sharded.ranks)
+
+    folder.mkdir(parents=True)
+    job = Job("pretrain", config.model_dump(mode="json"), {}, str(folder), "")
+    parts = training.Ingredients(
+        model=model,
+        sparse=plan.shapes,
+        target=sparsity,
+        topology=topology,
+        feed=Feed(size),
+        validation=Feed(size),
+        num_validation=1,
+        tokens_per_sequence=size.tokens,
+        steps_per_epoch=None,
+        convention="spdf",
+    )
+    t, _ = training.assemble(job, config, LocalRun(Console(sys.stderr)), parts)
+    return t
+
+
+def product(t: Training) -> Callable[[int], None]:
+    """One step of `train.loop.train`."""
+
+    def step(index: int) -> None:
+        forward_backward(t, index)
+        update(t)
+
+    return step
+
+
+def without_sparsity(t: Training) -> Callable[[int], None]:
+    """The same step with the sparsity code left out."""
+    assert t.topology is None
+
+    def step(index: int) -> None:
+        forward_backward(t, index)
+        gradients = list(t.sharded.collect().values())
+        norm = global_norm(gradients, sum(part.shape[0] for part in t.sharded.parts.values()), t.sharded.owners)
+        clip_(gradients, norm, t.clip_norm)
+        t.optimizer.step()
+        t.sharded.zero_grad()
+
+    return step
+
+
+def bare(model: torch.nn.Module, size: Size) -> Callable[[int], None]:
+    """What a PyTorch user would write: the same optimizer settings, torch's own clipping, no framework."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    feed = Feed(size)
+
+    def step(index: int) -> None:
+        batch = feed.batch(index, [0])
+        logits = model(input_ids=batch.input_ids).logits
+        F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
+    """Seconds and ratios of all contestants at one size; asserts that they compute the same."""
+    from transformers import AutoModelForCausalLM
+
+    runs = {
+        "masked": assemble(folder / "masked", size, 0.75, "fsdp2"),
+        "dense": assemble(folder / "dense", size, 0.0, "fsdp2"),
+        "no sparsity code": assemble(folder / "plain", size, 0.0, "fsdp2"),
+        "masked, sharding none": assemble(folder / "masked_none", size, 0.75, "none"),
+        "dense, sharding none": assemble(folder / "dense_none", size, 0.0, "none"),
+    }
+    linear = build(size.model, 0, size.vocabulary, size.tokens)
+    conv1d = AutoModelForCausalLM.from_config(architecture(size.model, size.vocabulary, size.tokens)).train()
+    steps = {name: product(t) for name, t in runs.items()}
+    steps["no sparsity code"] = without_sparsity(runs["no sparsity code"])
+    steps |= {"bare PyTorch": bare(linear, size), "bare PyTorch, Conv1D": bare(conv1d, size)}
+    times = interleave(steps, rounds)
+    equal = same(runs["dense"], runs["no sparsity code"].sharded.local)
+    assert equal, "sparsity 0 trained other weights than the loop without sparsity code"
+    times["sparsity 0"] = times["dense"]
+    masked = runs["masked"]
+    assert masked.topology is not None
+    leaks = interleave({"leaks": lambda _: leak_check(masked)}, rounds)["leaks"]
+    return {
+        "size": vars(size),
+        "parameters": sum(p.numel() for p in linear.parameters()),
+        "sparse_weights": sum(mask.numel() for mask in masked.topology.masks.values()),
+        "rounds": rounds,
+        "cpu_seconds": times,
+        "leak_check_cpu_seconds": leaks,
+        "sparsity_0_is_bit_equal": equal,
+        "same_weights_as_bare": same(runs["dense, sharding none"], dict(linear.named_parameters())),
+        "ratios": [
+            {"contestant": a, "over": b, "at_most": bound, "what": what, "ratio": Ratio.of(times[a], times[b])}
+            for a, b, bound, what in BOUNDS
+        ],
+    }
+
+
+def same(t: Training, weights: dict[str, torch.Tensor]) -> bool:
+    assert weights.keys() == t.sharded.parts.keys()
+    return all(torch.equal(value, weights[name]) for name, value in t.sharded.local.items())
+
+
+def leak_check(t: Training) -> None:
+    """What the loop does once a logging interval, not in every step."""
+    assert t.topology is not None
+    for tensors in (t.sharded.local, moments(t.sharded, t.optimizer, "exp_avg"), moments(t.sharded, t.optimizer, "exp_avg_sq")):
+        assert not t.topology.leaks({name: tensors[name] for name in t.topology.masks})
+
+
+def report(facts: dict[str, Any]) -> str:
+    """One size as text: the bounds, then the seconds behind them."""
+    size = facts["size"]
+    ratios = [
+        [row["what"], f"{row['contestant']} / {row['over']}", row["ratio"], f"{row['ratio'].smallest:.3f} - {row['ratio'].largest:.3f}",
+         f"{row['at_most']:.2f}", "met" if row["ratio"].median <= row["at_most"] else "MISSED"]
+        for row in facts["ratios"]
+    ]  # fmt: skip
+    seconds = [[name, f"{median(values):.3f}", f"{min(values):.3f}", f"{max(values):.3f}"] for name, values in facts["cpu_seconds"].items()]
+    leaks = median(facts["leak_check_cpu_seconds"])
+    return (
+        f"## Vocabulary {size['vocabulary']:,}: {size['layers']} layers of width {size['width']}, {size['tokens']} tokens a step\n\n"
+        f"{facts['parameters']:,} parameters, {facts['sparse_weights']:,} in sparse layers; {facts['rounds']} rounds.\n\n"
+        + table(["claim", "ratio of CPU times", "median [95 %]", "all rounds", "at most", ""], ratios)
+        + "\n"
+        + table(["CPU seconds a step", "median", "least", "most"], seconds)
+        + f"\nLeak check, once a logging interval: {leaks:.3f} s. Sparsity 0 and the loop without sparsity code: bit-equal weights.\n"
+        f"Unsharded raysparse and bare PyTorch: {'bit-equal weights' if facts['same_weights_as_bare'] else 'equal up to rounding'}.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[50257, 512], help="with the head of GPT-2, and nearly without")
+    parser.add_argument("--out", type=Path, help="folder for step_<hardware>_<date>.{json,md}")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    sizes = [Size(args.layers, args.width, vocabulary, args.tokens) for vocabulary in args.vocabulary]
+    results = []
+    with process_group("cpu"), tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            results.append(compare(Path(folder) / str(size.vocabulary), size, args.rounds))
+            print(report(results[-1]), flush=True)
+    if args.out:
+        print(write(args.out, "step", {"sizes": results}, [report(facts) for facts in results]))
+    return int(any(row["ratio"].median > row["at_most"] for facts in results for row in facts["ratios"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
