@@ -152,7 +152,10 @@ def test_missing_file_names_its_neighbours(tmp_path):
     [
         (b"a: [1", r"^Expected YAML in .*x\.yaml\. Got: while parsing a flow sequence(?s:.*)\. Mend the file\.$"),
         (b"a: \xff", r"^Expected YAML in .*x\.yaml\. Got: 'utf-8' codec .*\. Mend the file\.$"),
-        (b"a: !!python/object:os.system {}", r"^Expected YAML in .*x\.yaml\. Got: could not determine a constructor(?s:.*)Mend the file\.$"),
+        (
+            b"a: !!python/object:os.system {}",
+            r"^Expected YAML in .*x\.yaml\. Got: could not determine a constructor(?s:.*)Mend the file\.$",
+        ),
         (b"- a\n- b\n", r"^Expected a mapping in .*x\.yaml\. Got a list\. Write `key: value` lines\.$"),
         (b"word", r"^Expected a mapping in .*x\.yaml\. Got a str\. Write `key: value` lines\.$"),
     ],

@@ -9,13 +9,15 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from raysparse.config import ConfigError
 from raysparse.report import Run, bytes_text, dense_twin, end_to_end, path_of, percent, reduction, runs_of
+from raysparse.tasks.metrics import METRICS, MetricName
 
 WIDTH = 110
 NO_TIME_SAVED = "masks on dense kernels saved no time here"
@@ -38,36 +40,32 @@ class Difference:
 
 
 def paired_bootstrap(
-    ours: Sequence[str], theirs: Sequence[str], references: Sequence[Sequence[str]], resamples: int = 1000, seed: int = 0
+    metric: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    references: Sequence[Sequence[str]],
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Difference:
-    """Corpus BLEU of ``ours`` minus that of ``theirs`` with its 95 % percentile interval (Koehn 2004, EMNLP, section 3).
+    """A metric of ``ours`` minus that of ``theirs`` with its 95 % percentile interval (Koehn 2004, EMNLP, section 3).
 
-    Every resample draws as many examples as there are, with replacement, the same ones for both systems. BLEU of a corpus is
-    a function of sums over its examples (n-gram matches and counts, lengths), so the text is read once and a resample is a
-    weighted sum: ``[resamples, N] @ [N, 10]``. sacrebleu's defaults (13a, exp), on its scale 0 to 100.
+    Every resample draws as many examples as there are, with replacement, the same ones for both systems. The metric of a corpus
+    is a function of sums over its examples (BLEU: n-gram matches and counts, lengths; ROUGE-L, exact match: the scores
+    themselves), so the text is read once and a resample is a weighted sum ``[N] @ [N, sums]``.
 
     Args:
+        metric: one of `JUDGED`.
         ours, theirs: [N] outputs for the same N examples.
         references: [N], one or more texts each.
     """
-    from sacrebleu.metrics.bleu import BLEU
-
     if not len(ours) == len(theirs) == len(references) or not references:
         raise ConfigError(
             f"Expected outputs of two systems for the same examples. Got {len(ours)}, {len(theirs)} and {len(references)} "
             "references. Evaluate both on the same split."
         )
-    bleu = BLEU(effective_order=True)  # silences advice about single sentences; the sums do not depend on it
-
-    def sums(outputs: Sequence[str]) -> np.ndarray:
-        each = [bleu.sentence_score(output, list(texts)) for output, texts in zip(outputs, references, strict=True)]
-        return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in each], dtype=np.float64)
-
-    def score(total: np.ndarray) -> float:
-        *grams, length, reference_length = total.tolist()
-        return BLEU.compute_bleu(grams[:4], grams[4:], int(length), int(reference_length), smooth_method="exp").score
-
-    both = np.stack([sums(ours), sums(theirs)])
+    sums, score = _bleu_sums() if metric in ("bleu", "bleu_lowercase") else _mean_sums(metric)
+    lower = metric == "bleu_lowercase"
+    both = np.stack([sums([text.lower() for text in side] if lower else side, references, lower) for side in (ours, theirs)])
     n, generator = len(references), np.random.default_rng(seed)
     differences = []
     for _ in range(resamples):
@@ -77,6 +75,40 @@ def paired_bootstrap(
     first, second = both.sum(axis=1)
     low, high = np.percentile(differences, [2.5, 97.5]).tolist()
     return Difference(score(first) - score(second), low, high)
+
+
+JUDGED = ("bleu", "bleu_lowercase", "rouge_l", "exact_match")
+"""Metrics whose differences `paired_bootstrap` can judge."""
+
+Sums = Callable[[Sequence[str], Sequence[Sequence[str]], bool], np.ndarray]
+
+
+def _bleu_sums() -> tuple[Sums, Callable[[np.ndarray], float]]:
+    """Corpus BLEU by sacrebleu (13a, exp): [N, 10] sums of an example, and the score of their total, 0 to 100."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)  # silences advice about single sentences; the sums do not depend on it
+
+    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]], lower: bool) -> np.ndarray:
+        cased = [[text.lower() if lower else text for text in texts] for texts in references]
+        each = [bleu.sentence_score(output, texts) for output, texts in zip(outputs, cased, strict=True)]
+        return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in each], dtype=np.float64)
+
+    def score(total: np.ndarray) -> float:
+        *grams, length, reference_length = total.tolist()
+        return BLEU.compute_bleu(grams[:4], grams[4:], int(length), int(reference_length), smooth_method="exp").score
+
+    return sums, score
+
+
+def _mean_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
+    """A metric that is a mean over examples: [N, 2] of (score, 1)."""
+    one = METRICS[cast(MetricName, metric)]
+
+    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]], lower: bool) -> np.ndarray:
+        return np.array([[one([output], [texts]), 1.0] for output, texts in zip(outputs, references, strict=True)])
+
+    return sums, lambda total: float(total[0] / total[1])
 
 
 def loss_difference(run: Run, twin: Run) -> Difference:
@@ -94,9 +126,10 @@ def loss_difference(run: Run, twin: Run) -> Difference:
 
 
 def task_difference(run: Run, twin: Run) -> Difference:
-    """Primary metric of ``run`` minus that of ``twin``, judged by `paired_bootstrap` if it is BLEU and both kept predictions."""
+    """Primary metric of ``run`` minus that of ``twin``, judged by `paired_bootstrap` where both kept predictions."""
     value = run.score - twin.score
-    if run.summary["task"]["primary"] != "bleu" or run.predictions is None or twin.predictions is None:
+    metric = run.summary["task"]["primary"]
+    if metric not in JUDGED or run.predictions is None or twin.predictions is None:
         return Difference(value)
     if [references for _, references in run.predictions] != [references for _, references in twin.predictions]:
         raise ConfigError(
@@ -104,10 +137,10 @@ def task_difference(run: Run, twin: Run) -> Difference:
             "Evaluate both on the same split."
         )
     ours, theirs = ([hypothesis for hypothesis, _ in side.predictions or ()] for side in (run, twin))
-    judged = paired_bootstrap(ours, theirs, [references for _, references in run.predictions])
+    judged = paired_bootstrap(metric, ours, theirs, [references for _, references in run.predictions])
     if abs(judged.value - value) > 0.1:
         raise ConfigError(
-            f"Expected the BLEU difference {value:+.2f} of {run.name} and {twin.name} from their predictions. "
+            f"Expected the {metric} difference {value:+.2f} of {run.name} and {twin.name} from their predictions. "
             f"Got {judged.value:+.2f}. predictions.jsonl belongs to another split or scorer: evaluate again."
         )
     return Difference(value, judged.low, judged.high)

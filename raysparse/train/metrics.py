@@ -130,5 +130,5 @@ def line(record: Mapping[str, Any]) -> str:
 
 
 def _fixed(value: float) -> str:
-    """Eight characters: four decimals below 1,000, powers of ten above."""
-    return f"{value:8.4f}" if abs(value) < 999.9 else f"{value:8.2e}"
+    """Eight characters: four decimals below 1,000, powers of ten above; for values that are not negative."""
+    return f"{value:8.4f}" if value < 999.99995 else f"{value:8.2e}"

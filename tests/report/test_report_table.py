@@ -26,7 +26,7 @@ def bleu(outputs: list[str], references: list[list[str]]) -> float:
 def test_bootstrap_difference_is_the_difference_of_corpus_scores():
     ours, references = corpus(0.9, 1)
     theirs, _ = corpus(0.7, 2)
-    difference = paired_bootstrap(ours, theirs, references)
+    difference = paired_bootstrap("bleu", ours, theirs, references)
     assert difference.value == pytest.approx(bleu(ours, references) - bleu(theirs, references), abs=1e-9)
     assert difference.low is not None
     assert difference.high is not None
@@ -37,7 +37,7 @@ def test_bootstrap_difference_is_the_difference_of_corpus_scores():
 def test_bootstrap_agrees_with_resampling_the_texts_themselves():
     ours, references = corpus(0.85, 1, 25)
     theirs, _ = corpus(0.8, 2, 25)
-    difference = paired_bootstrap(ours, theirs, references, resamples=2000)
+    difference = paired_bootstrap("bleu", ours, theirs, references, resamples=2000)
     drawn, slow = random.Random(3), []
     for _ in range(300):
         at = drawn.choices(range(25), k=25)
@@ -52,16 +52,27 @@ def test_bootstrap_agrees_with_resampling_the_texts_themselves():
 def test_bootstrap_is_seeded_and_a_system_is_within_noise_of_itself_and_of_an_equal():
     ours, references = corpus(0.8, 1)
     equal, _ = corpus(0.8, 2)
-    assert paired_bootstrap(ours, ours, references) == Difference(0.0, 0.0, 0.0)
-    first = paired_bootstrap(ours, equal, references)
-    assert first == paired_bootstrap(ours, equal, references)
-    assert first != paired_bootstrap(ours, equal, references, seed=1)
+    assert paired_bootstrap("bleu", ours, ours, references) == Difference(0.0, 0.0, 0.0)
+    first = paired_bootstrap("bleu", ours, equal, references)
+    assert first == paired_bootstrap("bleu", ours, equal, references)
+    assert first != paired_bootstrap("bleu", ours, equal, references, seed=1)
     assert first.within_noise
+
+
+def test_bootstrap_of_a_mean_over_examples():
+    references = [["the cat"], ["a dog"], ["one bird"], ["two fish"]]
+    ours, theirs = ["the cat", "a dog", "no", "no"], ["the cat", "no", "no", "no"]
+    #               100       100       0     0        100        0     0     0
+    judged = paired_bootstrap("exact_match", ours, theirs, references)
+    assert judged.value == 25.0
+    assert judged.low == 0.0
+    assert 25.0 < judged.high <= 100.0
+    assert paired_bootstrap("rouge_l", ours, theirs, references).value == 25.0
 
 
 def test_bootstrap_wants_the_same_examples():
     with pytest.raises(ConfigError, match="Got 1, 2 and 1 references"):
-        paired_bootstrap(["a"], ["a", "b"], [["a"]])
+        paired_bootstrap("bleu", ["a"], ["a", "b"], [["a"]])
 
 
 def test_pretraining_block_holds_what_the_summary_says(write_run):

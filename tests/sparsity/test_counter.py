@@ -113,7 +113,9 @@ def test_key():
 def test_key_does_not_hash_as_python_does(hashseed):
     """`hash` of a name differs between processes; a mask drawn from it would differ between ranks."""
     code = "from raysparse.sparsity import counter; print(counter.key(3, 'mask', 'h.0'), hash('h.0'))"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": hashseed}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": hashseed}, capture_output=True, text=True, check=True
+    )
     key, hashed = map(int, done.stdout.split())
     assert key == counter.key(3, "mask", "h.0")
     assert hashed != hash("h.0")  # else this test shows nothing

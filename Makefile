@@ -1,0 +1,53 @@
+# `make` lists the verbs. Everything installs into .venv from the pinned versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow check format bench clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed ## create .venv and install raysparse with its pinned dependencies
+
+quickstart: $(VENV)/installed ## pre-train a GPT 75 % sparse and dense, fine-tune both, compare: under 10 minutes on 2 cores
+	$(BIN)/raysparse compare configs/compare/quickstart.yaml
+
+test: $(VENV)/installed-dev ## the test suite, without the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev ## the slow tests: whole commands, kill and resume, torch.compile
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed-dev ## linter, formatter, type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --output-format min-text
+
+format: $(VENV)/installed-dev ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/startup.py
+
+clean: ## remove .venv and build leftovers; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Expected Python 3.11 or newer. Got $$($(PYTHON) --version). Use: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: a build for this machine that is already to be had is not replaced by another
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -c constraints.txt -e '.[dev,fairscale]'
+	touch $@

@@ -1,0 +1,145 @@
+"""What masks weigh: in a checkpoint's files, in memory, and on each of several ranks.
+
+    python -m benchmarks.masks                       GPT-2-small width, 2 layers, 1 and 2 ranks
+    python -m benchmarks.masks --ranks 1 2 4 --out benchmarks/results
+
+Exact numbers, no clock. Exit status 1 if a mask takes more than 1 bit a weight in the checkpoint (the file format's own
+headers are reported apart), or a rank holds mask rows other than its weight rows.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from benchmarks.measure import table, write
+from benchmarks.step import Size, assemble
+from raysparse.recipes.training import CheckpointConfig
+from raysparse.sparsity.topology import Topology
+from raysparse.train.checkpoint import Checkpointer
+from raysparse.train.loop import Training
+
+
+def measure(folder: Path, size: Size) -> dict[str, Any]:
+    """Sizes of a 75 % sparse model on the default process group; every rank calls this, rank 0's result has the files."""
+    rank = dist.get_rank()
+    t = assemble(folder / str(rank), size, 0.75, "fsdp2")
+    assert t.topology is not None
+    masked, dense = (_save(folder / name, t, topology) for name, topology in (("masked", t.topology), ("dense", None)))
+    stored = dcp.FileSystemReader(str(masked)).read_metadata().state_dict_metadata
+    packed = sum(
+        value.size.numel() * value.properties.dtype.itemsize
+        for key, value in stored.items()
+        if key.startswith("mask/") and isinstance(value, TensorStorageMetadata)
+    )
+    local = {name: t.sharded.parts[name].local for name in t.topology.masks}
+    here = torch.tensor(
+        [
+            sum(weight.numel() for weight in local.values()),
+            sum(mask.nbytes for mask in t.topology.masks.values()),
+            int(all(t.topology.masks[name].shape == weight.shape for name, weight in local.items())),
+        ]
+    )
+    ranks = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, here)
+    weights = sum(int(one[0]) for one in ranks)
+    masks_bytes = _bytes(masked) - _bytes(dense)
+    return {
+        "ranks": len(ranks),
+        "sparse_weights": weights,
+        "mask_bytes": packed,
+        "mask_file_bytes": masks_bytes,
+        "checkpoint_file_bytes": _bytes(masked),
+        "bits_per_weight": 8 * packed / weights,
+        "file_bits_per_weight": 8 * masks_bytes / weights,
+        "weights_by_rank": [int(one[0]) for one in ranks],
+        "memory_bytes_by_rank": [int(one[1]) for one in ranks],
+        "sharded_like_the_weights": all(int(one[2]) for one in ranks),
+    }
+
+
+def on_ranks(num_ranks: int, size: Size) -> dict[str, Any]:
+    """`measure` on that many gloo ranks of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (num_ranks, port, folder, size), num_ranks)
+        return torch.load(Path(folder) / "result.pt")
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            one["ranks"],
+            f"{one['sparse_weights']:,}",
+            f"{one['bits_per_weight']:.4f}",
+            f"{one['file_bits_per_weight']:.4f}",
+            f"{one['checkpoint_file_bytes']:,}",
+            ", ".join(f"{value:,}" for value in one["memory_bytes_by_rank"]),
+            ", ".join(f"{value:,}" for value in one["weights_by_rank"]),
+        ]
+        for one in results
+    ]
+    columns = [
+        "ranks",
+        "sparse weights",
+        "bits a weight, stored",
+        "with headers",
+        "checkpoint bytes",
+        "mask bytes in memory, by rank",
+        "weights, by rank",
+    ]
+    return table(columns, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.masks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--out", type=Path, help="folder for masks_<hardware>_<date>.{json,md}")
+    args = parser.parse_args(argv)
+    results = [on_ranks(num_ranks, Size(args.layers, args.width, 512, 64)) for num_ranks in args.ranks]
+    print(report(results))
+    if args.out:
+        print(write(args.out, "masks", {"results": results}, [report(results)]))
+    return int(any(one["bits_per_weight"] > 1 or not one["sharded_like_the_weights"] for one in results))
+
+
+def _save(folder: Path, t: Training, topology: Topology | None) -> Path:
+    """A checkpoint of `t` with or without its masks; every rank calls this."""
+    saver = Checkpointer(folder, CheckpointConfig(asynchronous=False), t.sharded, t.optimizer, topology)
+    path = saver.save(1, {})
+    saver.wait()
+    dist.barrier()
+    return path
+
+
+def _bytes(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+
+
+def _rank(rank: int, num_ranks: int, port: int, folder: str, size: Size) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+    result = measure(Path(folder), size)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Every kind of sharding trains the same sparse model; bytes on the wire are what the plan says."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from raysparse.config import ConfigError
+from raysparse.data.tokens import DataConfig
+from raysparse.models.build import skeleton
+from raysparse.recipes.plan import estimate_bytes_sent
+from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.train.loop import forward_backward, update
+from raysparse.train.optimizer import moments
+from raysparse.train.shard import ShardingConfig
+from tests.ranks import spawn
+from tests.train.steps import CONTEXT, SPARSE, assemble, config, dead, run
+
+KINDS = {
+    "none": {"type": "none"},
+    "fsdp2": {"type": "fsdp2"},
+    "keep gathered": {"type": "fsdp2", "reshard_after_forward": False},
+    "replicas": {"type": "fsdp2", "replicas": 2},
+    "fairscale": {"type": "fairscale"},
+}
+STEPS = 8
+
+
+def sections(kind: str, micro: int = 2) -> dict:
+    """8 steps of 6 sequences: 3 on each of 2 ranks, in micro-batches of 2 and 1."""
+    if kind == "fairscale" and importlib.util.find_spec("fairscale") is None:
+        pytest.skip("fairscale is not installed: pip install 'raysparse[fairscale]'")
+    training = {"length": STEPS, "sequences": 6, "micro": micro, "validate_every": STEPS, "validation_sequences": 5}
+    return {"training": training, "sharding": KINDS[kind]}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return spawn(run, 1, str(tmp_path_factory.mktemp("alone")), sections("fsdp2"), SPARSE)[0]
+
+
+@pytest.mark.parametrize("micro", [1, 3], ids=["accumulated", "at once"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_the_same_model(alone, tmp_path, kind, micro):
+    for other in spawn(run, 2, str(tmp_path), sections(kind, micro), SPARSE):
+        assert other["digest"] == alone["digest"]
+        assert other["nnz"] == alone["nnz"]
+        torch.testing.assert_close(torch.tensor(other["history"]), torch.tensor(alone["history"]), rtol=1e-4, atol=0)
+        assert other["state"]["losses"]["validation"] == pytest.approx(alone["state"]["losses"]["validation"], rel=1e-4)
+        for name, mask in dead(other).items():
+            assert not other[f"model/{name}"][mask].any()
+            torch.testing.assert_close(other[f"model/{name}"], alone[f"model/{name}"], rtol=0, atol=1e-3)
+
+
+def handed_to_fairscale(folder: str) -> dict[str, int]:
+    """On this rank: name -> dead entries that were ever not 0 in the gradient that AdamW got, in a moment or in the weight."""
+    t, _ = assemble(folder, sections("fairscale"), SPARSE)
+    found: dict[str, int] = {}
+
+    def look(*_) -> None:
+        seen = moments(t.sharded, t.optimizer, "exp_avg"), moments(t.sharded, t.optimizer, "exp_avg_sq")
+        for name, mask in t.topology.masks.items():
+            part = t.sharded.parts[name]
+            tensors = [part.local, *([part.local.grad, *(values[name] for values in seen)] if part.mine else [])]
+            found.setdefault(name, 0)
+            found[name] += sum(int((tensor[~mask] != 0).sum()) for tensor in tensors)
+            assert part.mine == (part.local.grad is not None)
+
+    t.optimizer.optim.register_step_pre_hook(look)
+    t.optimizer.optim.register_step_post_hook(look)
+    for step in range(3):
+        forward_backward(t, step)
+        update(t)
+        assert all(not part.local[~t.topology.masks[n]].any() for n, part in t.sharded.parts.items() if n in t.topology.masks)
+    mine = [name for name, part in t.sharded.parts.items() if part.mine]
+    assert found
+    return {name: found.get(name, 0) for name in mine}
+
+
+def test_dead_entries_are_zero_on_the_owner_under_fairscale(tmp_path):
+    sections("fairscale")
+    first, second = spawn(handed_to_fairscale, 2, str(tmp_path))
+    assert not first.keys() & second.keys()
+    assert {"transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"} <= first.keys() | second.keys()
+    assert set((first | second).values()) == {0}
+
+
+WIRE = {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "vocab_size": 102}}
+
+
+def bytes_sent(folder: str, kind: str) -> int:
+    t, _ = assemble(folder, sections(kind) | {"model": WIRE}, SPARSE)
+    for step in range(3):
+        forward_backward(t, step)
+        update(t)
+    return t.sharded.wire.bytes_sent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_says_how_many_bytes_are_sent(tmp_path, kind):
+    """2 divides all rows here; where the ranks do not, FSDP2 pads, and a little more is sent than planned."""
+    settings = config(**sections(kind) | {"model": WIRE, "run": {"name": "wire", "workers": 2}})
+    values = settings.model_dump() | {"data": DataConfig(context=CONTEXT).model_dump()}
+    planned = estimate_bytes_sent(PretrainConfig.check(values), skeleton(settings.model, None, CONTEXT), torch.float32)
+    assert spawn(bytes_sent, 2, str(tmp_path), kind) == [3 * planned] * 2
+    assert planned > 4 * 102 * 40
+
+
+@pytest.mark.parametrize(
+    ("values", "workers", "text"),
+    [
+        ({"replicas": 3}, 4, "Expected sharding.replicas to divide run.workers. Got 3 replicas, 4 workers."),
+        ({"type": "none", "replicas": 2}, 4, "Expected sharding.replicas=1 with sharding.type=none. Got 2."),
+    ],
+)
+def test_impossible_shardings_are_refused(values, workers, text):
+    with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
+        ShardingConfig.check(values).check_workers(workers)
+
+
+def test_missing_fairscale_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fairscale.optim.oss", None)
+    with pytest.raises(ConfigError, match=r"Expected the package fairscale.*pip install 'raysparse\[fairscale\]'"):
+        ShardingConfig(type="fairscale").check_workers(1)
