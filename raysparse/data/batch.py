@@ -18,16 +18,13 @@ class Batch:
         input_ids: [rows, length] int64.
         labels: [rows, length] int64, already shifted: ``labels[b, t]`` is the token that follows ``input_ids[b, :t + 1]``,
             or `IGNORED`.
-        attention_mask: [rows, length] bool, True where a token may be attended to; None = everywhere.
     """
 
     input_ids: Tensor
     labels: Tensor
-    attention_mask: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "Batch":
-        mask = None if self.attention_mask is None else self.attention_mask[start:stop]
-        return Batch(self.input_ids[start:stop], self.labels[start:stop], mask)
+        return Batch(self.input_ids[start:stop], self.labels[start:stop])
 
     @property
     def num_targets(self) -> int:

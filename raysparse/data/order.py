@@ -21,10 +21,10 @@ def shuffled(step: int, rows: Sequence[int], sequences: int, size: int, seed: in
     return permute(number % size, number // size, size, seed)
 
 
-def in_order(step: int, rows: Sequence[int], sequences: int, size: int) -> Ints:
-    """Sample indices in file order; -1 for rows past the end, so that every rank makes the same number of equal batches."""
-    number = step * sequences + np.asarray(rows, dtype=np.int64)
-    return np.where(number < size, number, -1)
+def spread(rows: Sequence[int], sequences: int, size: int) -> Ints:
+    """`sequences` of the [0, size) sample indices, evenly spread over them, those of `rows`: what validation reads every time."""
+    assert 0 < sequences <= size
+    return np.asarray(rows, dtype=np.int64) * size // sequences
 
 
 def permute(place: Ints, epoch: Ints, size: int, seed: int) -> Ints:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raysparse.config import ConfigError
 from raysparse.data.batch import IGNORED, Batch
-from raysparse.data.order import Ints, in_order, shuffled
+from raysparse.data.order import Ints, shuffled, spread
 from raysparse.tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -68,20 +68,18 @@ class PairRows:
         return len(self.num_prompt)
 
     def batch(self, index: Ints, whole: Ints) -> Batch:
-        """Rows `index`, padded on the right to the longest of `whole`, the global batch; -1 stands for a row without labels."""
-        sizes = np.diff(self.first)[whole[whole >= 0]] - 1
+        """Rows `index`, padded on the right to the longest of `whole`, the global batch. A causal model needs no mask there: no
+        token that counts sees the padding."""
+        sizes = np.diff(self.first)[whole] - 1
         length = min(-(-int(sizes.max()) // _MULTIPLE) * _MULTIPLE, self.context)
         input_ids = torch.full((len(index), length), self.pad_id)
         labels = torch.full((len(index), length), IGNORED)
-        mask = torch.ones((len(index), length), dtype=torch.bool)  # a row that attends to nothing would be NaN
         for row, pair in enumerate(index):
-            if pair >= 0:
-                tokens = torch.from_numpy(self.ids[self.first[pair] : self.first[pair + 1]].astype(np.int64))
-                size, num_prompt = len(tokens) - 1, self.num_prompt[pair]
-                input_ids[row, :size] = tokens[:-1]
-                labels[row, num_prompt - 1 : size] = tokens[num_prompt:]
-                mask[row, size:] = False
-        return Batch(input_ids, labels, mask)
+            tokens = torch.from_numpy(self.ids[self.first[pair] : self.first[pair + 1]].astype(np.int64))
+            size, num_prompt = len(tokens) - 1, self.num_prompt[pair]
+            input_ids[row, :size] = tokens[:-1]
+            labels[row, num_prompt - 1 : size] = tokens[num_prompt:]
+        return Batch(input_ids, labels)
 
 
 class PairFeed:
@@ -111,19 +109,15 @@ class PairFeed:
 
 
 class PairValidation:
-    """All pairs once, in order. Rows past the end have `IGNORED` labels: every rank makes the same number of batches."""
+    """`sequences` pairs, evenly spread over all: the same ones every time, whatever the step."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, sequences: int) -> None:
         self.rows = PairRows.encode(examples, tokenizer, task, context)
         self.sequences = sequences
 
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.rows) // self.sequences)
-
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """As `PairFeed.batch`; `step` in [0, num_batches)."""
-        whole = in_order(step, range(self.sequences), self.sequences, len(self.rows))
+        """As `PairFeed.batch`."""
+        whole = spread(range(self.sequences), self.sequences, len(self.rows))
         return self.rows.batch(whole[np.asarray(rows, dtype=np.int64)], whole)
 
 

@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
 from raysparse.config import Config, ConfigError
 from raysparse.data import tokenizer as tokenizers
-from raysparse.data.batch import IGNORED, Batch
+from raysparse.data.batch import Batch
 from raysparse.data.cache import publish
 from raysparse.data.encode import Chunk, encode_chunks
-from raysparse.data.order import Ints, in_order, shuffled
+from raysparse.data.order import Ints, shuffled, spread
 from raysparse.data.shards import INDEX, ShardWriter, TokenFile, cross_entropy, entropy
 from raysparse.data.sources import AnySource, Files, Hub, PythonStdlib
 from raysparse.data.tokenizer import AnyTokenizer, TrainTokenizer
@@ -132,19 +131,15 @@ class TokenFeed:
 
 
 class TokenValidation:
-    """All windows once, in file order. Rows past the end have `IGNORED` labels: every rank makes the same number of batches."""
+    """`sequences` windows, evenly spread over the file: the same ones every time, whatever the step."""
 
     def __init__(self, tokens: TokenFile, context: int, sequences: int) -> None:
         self.tokens, self.context, self.sequences = tokens, context, sequences
         self.num_windows = num_windows(tokens, context)
 
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_windows // self.sequences)
-
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """[len(rows), context]; `step` in [0, num_batches)."""
-        return _windows(self.tokens, self.context, in_order(step, rows, self.sequences, self.num_windows))
+        """[len(rows), context]; see `Feed`."""
+        return _windows(self.tokens, self.context, spread(rows, self.sequences, self.num_windows))
 
 
 def num_windows(tokens: TokenFile, context: int) -> int:
@@ -159,10 +154,8 @@ def num_windows(tokens: TokenFile, context: int) -> int:
 
 
 def _windows(tokens: TokenFile, context: int, index: Ints) -> Batch:
-    ids = torch.from_numpy(tokens.windows(np.maximum(index, 0) * context, context + 1))
-    labels = ids[:, 1:].clone()
-    labels[torch.from_numpy(index < 0)] = IGNORED
-    return Batch(ids[:, :-1].contiguous(), labels)
+    ids = torch.from_numpy(tokens.windows(index * context, context + 1))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
 def _training_documents(config: DataConfig) -> Iterator[tuple[bool, str]]:

@@ -244,7 +244,8 @@ class _Interval:
         }  # fmt: skip
         tags = {
             "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
-            "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total, "sparsity/all": record["sparsity"],
+            "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
+            "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
         } | _layer_sparsity(t)  # fmt: skip
         t.meter.write(record, tags)
         t.run.show(record)
@@ -276,28 +277,21 @@ def _micro_batches(t: Training, step: int) -> list[Batch]:
     first = 0 if t.parity else share * t.run.rank
     batch = t.feed.batch(step, range(first, first + share))
     if t.parity and t.run.rank > 0:
-        batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED), batch.attention_mask)
+        batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED))
     return [batch.rows(start, start + t.config.micro) for start in range(0, share, t.config.micro)]
 
 
 def _loss(t: Training, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:
-    logits = t.sharded.module(input_ids=batch.input_ids.to(device), attention_mask=_mask(batch, device)).logits
+    logits = t.sharded.module(input_ids=batch.input_ids.to(device)).logits
     return cross_entropy_sum(logits, batch.labels.to(device), smoothing)
 
 
 def _losses_by_row(t: Training, batch: Batch, device: torch.device) -> list[tuple[float, int]]:
     """(sum of losses, predicted tokens) of each row."""
     with t.sharded.accumulate(last=True):
-        logits = t.sharded.module(input_ids=batch.input_ids.to(device), attention_mask=_mask(batch, device)).logits
+        logits = t.sharded.module(input_ids=batch.input_ids.to(device)).logits
     labels = batch.labels.to(device)
-    return [
-        (float(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1])), int((labels[i] != IGNORED).sum()))
-        for i in range(len(labels))
-    ]
-
-
-def _mask(batch: Batch, device: torch.device) -> Tensor | None:
-    return None if batch.attention_mask is None else batch.attention_mask.to(device)
+    return [(float(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1])), int((labels[i] != IGNORED).sum())) for i in range(len(labels))]
 
 
 def _all_sum(x: Tensor, t: Training) -> Tensor:
@@ -356,9 +350,7 @@ def _histograms(t: Training) -> dict[str, Tensor]:
 def _count(t: Training, tokens: int) -> None:
     """Add a step to the ledger, at its own sequence length and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
-    t.ledger.add(
-        training_flops(t.arch, t.nnz, tokens, length, convention), training_flops(t.arch, 1.0, tokens, length, convention)
-    )
+    t.ledger.add(training_flops(t.arch, t.nnz, tokens, length, convention), training_flops(t.arch, 1.0, tokens, length, convention))
 
 
 def _stale(t: Training, state: State) -> bool:

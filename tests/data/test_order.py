@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raysparse.data.order import in_order, permute, shuffled
+from raysparse.data.order import permute, shuffled, spread
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000])
@@ -40,5 +40,7 @@ def test_shuffled_counts_samples_over_steps_rows_and_epochs():
     assert shuffled(2, [3, 1], 4, 10, seed=3).tolist() == [numbers[11], numbers[9]]
 
 
-def test_in_order_marks_rows_past_the_end():
-    assert in_order(1, range(4), 4, 6).tolist() == [4, 5, -1, -1]
+def test_spread_is_even_and_holds_each_once():
+    assert spread(range(4), 4, 10).tolist() == [0, 2, 5, 7]
+    assert spread([3, 0], 4, 10).tolist() == [7, 0]
+    assert spread(range(10), 10, 10).tolist() == list(range(10))

@@ -38,8 +38,7 @@ def texts_of(batch, row, tokenizer):
 def test_only_the_answer_and_its_end_are_predicted(tokenizer):
     batch = feed(tokenizer, [Example("sparse mask", ("dense grow",))], sequences=1).batch(0, [0])
     assert texts_of(batch, 0, tokenizer) == ("sparse mask\n=> ", "dense grow<|endoftext|>")
-    assert batch.attention_mask is not None
-    num_tokens = int(batch.attention_mask.sum())
+    num_tokens = int((batch.labels[0] != IGNORED).nonzero().max()) + 1
     assert tokenizer.decode(batch.input_ids[0, :num_tokens]) == "sparse mask\n=> dense grow"
     assert (batch.input_ids[0, num_tokens:] == tokenizer.pad_token_id).all()
     assert batch.input_ids.shape[1] % 8 == 0
@@ -61,7 +60,7 @@ def test_shapes_and_rows_do_not_depend_on_the_world_size(tokenizer, kind):
     for step in range(5):
         whole = data.batch(step, range(4))
         parts = [data.batch(step, [row]) for row in range(4)]
-        for name in ("input_ids", "labels", "attention_mask"):
+        for name in ("input_ids", "labels"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
@@ -74,8 +73,6 @@ def test_long_prompts_lose_their_end_but_not_the_separator(tokenizer):
     assert prompt.startswith("mask mask ")
     assert prompt.endswith("\n=> ")
     assert answer == "live<|endoftext|>"
-    assert batch.attention_mask is not None
-    assert batch.attention_mask[0].all()
     assert (data.rows.num_truncated, data.rows.num_truncated_targets) == (1, 0)
 
 
@@ -87,13 +84,12 @@ def test_long_answers_are_cut_to_half_the_context(tokenizer):
     assert (data.rows.num_truncated, data.rows.num_truncated_targets) == (1, 1)
 
 
-def test_validation_ends_with_rows_that_do_not_count_and_are_not_nan(tokenizer):
-    data = validation(tokenizer, examples(3), sequences=4)
-    assert data.num_batches == 2
-    last = data.batch(1, range(4))
-    assert (last.labels == IGNORED).all(dim=1).tolist() == [False, False, True, True]
-    assert last.attention_mask is not None
-    assert last.attention_mask.any(dim=1).all()
+def test_validation_is_spread_over_the_examples(tokenizer):
+    data = validation(tokenizer, examples(5), sequences=2)
+    whole = validation(tokenizer, examples(5), sequences=5)
+    assert data.batch(0, [1]).labels[0].tolist() == data.batch(3, [1]).labels[0].tolist()
+    counts = [whole.batch(0, [row]).num_targets for row in range(5)]
+    assert [data.batch(0, [row]).num_targets for row in range(2)] == [counts[0], counts[2]]
 
 
 def test_prompts_are_encoded_as_in_training(tokenizer):

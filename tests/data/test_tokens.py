@@ -10,7 +10,6 @@ import torch
 
 from raysparse.config import ConfigError
 from raysparse.data import encode, tokens
-from raysparse.data.batch import IGNORED
 from raysparse.data.cache import publish
 from raysparse.data.shards import ShardWriter, TokenFile, cross_entropy, entropy
 from raysparse.data.sources import Files, Hub
@@ -186,7 +185,6 @@ def test_an_epoch_sees_every_window_once(write):
     assert sorted(firsts[:10]) == sorted(firsts[10:]) == list(range(0, 100, 10))
     assert firsts[:10] != firsts[10:]
     for batch in batches:
-        assert batch.attention_mask is None
         assert torch.equal(batch.labels, batch.input_ids + 1)
         assert batch.input_ids.shape == (4, 10)
         assert batch.input_ids.dtype == torch.int64
@@ -200,13 +198,11 @@ def test_ranks_share_one_global_batch(write, world_size):
     assert torch.equal(torch.cat([part.input_ids for part in parts]), feed.batch(20, range(6)).input_ids)
 
 
-def test_validation_is_in_order_and_ends_with_ignored_rows(write):
+def test_validation_is_spread_over_the_file_and_always_the_same(write):
     feed = TokenValidation(TokenFile.open(write(range(101))), context=10, sequences=4)
-    assert feed.num_batches == 3
-    assert feed.batch(1, [2]).input_ids.tolist() == [list(range(60, 70))]
-    last = feed.batch(2, range(4))
-    assert (last.labels == IGNORED).all(dim=1).tolist() == [False, False, True, True]
-    assert sum(feed.batch(step, range(4)).num_targets for step in range(3)) == 100
+    assert feed.batch(0, range(4)).input_ids[:, 0].tolist() == [0, 20, 50, 70]
+    assert feed.batch(9, [2]).input_ids.tolist() == [list(range(50, 60))]
+    assert feed.batch(0, range(4)).num_targets == 40
 
 
 def test_a_killed_build_leaves_nothing(tmp_path):
