@@ -64,13 +64,13 @@ class Topology:
 
         The bits are multiplied by 0 or 1 as integers: six times faster on CPUs than masked_fill_ or torch.where.
         """
-        for name, mask in self.masks.items():
-            tensors[name].view(_INTEGERS[tensors[name].element_size()]).mul_(mask)
+        for name, tensor in tensors.items():
+            tensor.view(_INTEGERS[tensor.element_size()]).mul_(self.masks[name])
 
     @torch.no_grad()
     def leaks(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that are not exactly 0 at a dead entry."""
-        return [name for name, mask in self.masks.items() if bool(((tensors[name] != 0) & ~mask).any())]
+        return [name for name, tensor in tensors.items() if bool(((tensor != 0) & ~self.masks[name]).any())]
 
     def nnz(self, ranks: Ranks) -> dict[str, int]:
         """Live weights of each layer over all ranks."""

@@ -153,13 +153,13 @@ class FSDP2(Sharded):
         for block in blocks.values():
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        self.module, self.wire = module, Wire()
+        self.module, self.wire, self._replicas = module, Wire(), config.replicas
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_custom_all_gather(_CountedAllGather(self.wire))
-                unit.set_custom_reduce_scatter(_CountedReduceScatter(self.wire, config.replicas))
+                unit.set_custom_reduce_scatter(_CountedReduceScatter(self.wire))
         self._parameters = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
         self.parts = {name: _part(parameter) for name, parameter in self._parameters.items()}
         self.ranks = ranks_of(mesh["shard"].get_group(), torch.device(device)) if mesh["shard"].size() > 1 else ALONE
@@ -177,6 +177,7 @@ class FSDP2(Sharded):
             local = self.parts[name].local
             local.grad = torch.zeros_like(local) if gradient is None else gradient.to_local()
             gradients[name] = local.grad
+            self.wire.add(local.nbytes, self._replicas, passes=2)  # HSDP's all-reduce; FSDP2 has no hook for it
         return gradients
 
     def stored(self, name: str, local: Tensor) -> Tensor:
@@ -294,12 +295,11 @@ class _CountedAllGather(DefaultAllGather):
 
 
 class _CountedReduceScatter(DefaultReduceScatter):
-    def __init__(self, wire: Wire, replicas: int):
-        self._wire, self._replicas = wire, replicas
+    def __init__(self, wire: Wire):
+        self._wire = wire
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         self._wire.add(input_tensor.nbytes, group.size())
-        self._wire.add(output_tensor.nbytes, self._replicas, passes=2)  # HSDP's all-reduce of the result over replicas
         return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 

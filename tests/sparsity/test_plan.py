@@ -7,7 +7,7 @@ from math import ceil, floor, prod
 import pytest
 
 from raysparse.config import ConfigError
-from raysparse.sparsity.distribution import ER, ERK, Uniform
+from raysparse.sparsity.distribution import ER, ERK, Shape, Uniform
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan, share_out
 
 KINDS = [Uniform(), ER(), ERK()]
@@ -71,7 +71,7 @@ def test_the_rule_on_every_small_model(kind):
     shapes_of = [(1, 1), (1, 3), (2, 2), (3, 5), (1, 12)]
     cases = 0
     for model in product(shapes_of, repeat=3):
-        shapes = dict(zip("abc", model, strict=True))
+        shapes: dict[str, Shape] = dict(zip("abc", model, strict=True))
         size = sum(map(prod, model))
         for percent in range(0, 100, 3):
             total = floor(Fraction(100 - percent, 100) * size + Fraction(1, 2))
@@ -97,9 +97,9 @@ def water_level(shapes, total, kind):
         full = [name for name, flag in zip(shapes, dense, strict=True) if flag]
         rest = [name for name in shapes if name not in full]
         budget = total - sum(prod(shapes[name]) for name in full)
-        eps = Fraction(budget, sum(kind.share(shapes[name]) for name in rest)) if rest else None
-        fits = budget == 0 if eps is None else all(0 <= eps * kind.share(shapes[name]) <= prod(shapes[name]) for name in rest)
-        above = eps is None or all(eps * kind.share(shapes[name]) >= prod(shapes[name]) for name in full)
+        eps = Fraction(budget, sum(kind.share(shapes[name]) for name in rest)) if rest else Fraction(0)
+        fits = budget == 0 if not rest else all(0 <= eps * kind.share(shapes[name]) <= prod(shapes[name]) for name in rest)
+        above = not rest or all(eps * kind.share(shapes[name]) >= prod(shapes[name]) for name in full)
         if fits and above:
             return {
                 name: Fraction(prod(shapes[name])) if name in full or eps is None else eps * kind.share(shapes[name]) for name in shapes
@@ -149,6 +149,11 @@ def test_own_levels():
 def test_own_levels_round_like_the_target(level):
     shape = (768, 3072)
     assert plan({"w": shape}, layers={"w": level}).nnz == plan({"w": shape}, target=level).nnz
+
+
+def test_levels_are_the_decimals_they_are_written_as():
+    """5.5 up is 6; as a float 0.45 is a little more, and 5.49 would be 5."""
+    assert plan({"w": (1, 10)}, layers={"w": 0.45}).nnz == plan({"w": (1, 10)}, target=0.45).nnz == {"w": 6}
 
 
 def test_own_level_pattern_without_a_match():
