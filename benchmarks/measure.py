@@ -100,10 +100,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _rank(count: int) -> int:
     """The largest k such that the k-th smallest and k-th largest of `count` values hold the median with 95 % or more (0-based)."""
-    outside, first = 0.0, 0
-    for k in range((count - 1) // 2):
+    outside, last = 0.0, 0
+    for k in range((count + 1) // 2):
         outside += 2 * comb(count, k) / 2**count
         if outside > 0.05:
             break
-        first = k + 1
-    return first
+        last = k
+    return last

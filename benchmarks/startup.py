@@ -37,14 +37,14 @@ def start(folder: Path, name: str, local: bool) -> dict[str, float]:
     command += [f"run.folder={folder}", f"run.name={name}", *(["--local"] if local else [])]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     load, began = os.getloadavg()[0], time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
     first, lines = None, []
-    for line in process.stdout:
-        lines.append(line)
-        if first is None and "| step" in line and "| loss" in line:
-            first = time.perf_counter() - began
-    if process.wait() != 0 or first is None:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if first is None and "| step" in line and "| loss" in line:
+                first = time.perf_counter() - began
+    if process.returncode != 0 or first is None:
         raise RuntimeError(f"Expected a training step from {' '.join(command)}. Got exit status {process.returncode}:\n{''.join(lines)}")
     return {"first_step_s": first, "end_s": time.perf_counter() - began, "load_before": load}
 

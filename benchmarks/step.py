@@ -101,6 +101,7 @@ def assemble(folder: Path, size: Size, sparsity: float, sharding: str) -> Traini
         convention="spdf",
     )
     t, _ = training.assemble(job, config, LocalRun(Console(sys.stderr)), parts)
+    t.meter.close()  # single steps log nothing
     return t
 
 

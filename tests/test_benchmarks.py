@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import masks, startup, step
 from benchmarks.measure import Ratio, interleave
+from tests.ranks import spawn
 
 
 def test_ratio_is_over_pairs_with_an_interval_of_order_statistics():
@@ -38,26 +39,36 @@ def test_step_compares_contestants_that_compute_the_same(tmp_path, capsys):
     assert {len(times) for times in one["cpu_seconds"].values()} == {3}
     missed = [row["what"] for row in one["ratios"] if row["ratio"]["median"] > row["at_most"]]
     assert status == bool(missed)
-    assert all(f"| {row['what']} |" in capsys.readouterr().out or True for row in one["ratios"])
     text = result.with_suffix(".md").read_text()
     assert text.count("MISSED") == len(missed)
+    assert all(f"| {row['what']} |" in text for row in one["ratios"])
+    assert capsys.readouterr().out.rstrip().endswith(str(result.with_suffix(".md")))
     assert {"commit", "command", "versions", "processor", "cores"} <= facts["environment"].keys()
 
 
 def test_masks_take_one_bit_and_are_sharded_like_their_weights(tmp_path):
-    assert masks.main(["--ranks", "2", "--layers", "1", "--width", "64", "--out", str(tmp_path)]) == 0
-    (one,) = json.loads(next(tmp_path.glob("masks_*.json")).read_text())["results"]
+    one = spawn(masks.measure, 2, tmp_path, step.Size(layers=1, width=64, vocabulary=50, tokens=8))[0]
     assert one["bits_per_weight"] == 1.0
+    assert one["file_bits_per_weight"] > 1.0  # the file format has headers
     assert one["memory_bytes_by_rank"] == one["weights_by_rank"] == [one["sparse_weights"] // 2] * 2
+    assert one["sharded_like_the_weights"]
+    assert f"| 2 | {one['sparse_weights']:,} | 1.0000 |" in masks.report([one])
 
 
 @pytest.mark.slow
+def test_masks_as_a_command(tmp_path):
+    assert masks.main(["--ranks", "2", "--layers", "1", "--width", "64", "--out", str(tmp_path)]) == 0
+    (one,) = json.loads(next(tmp_path.glob("masks_*.json")).read_text())["results"]
+    assert one["ranks"] == 2
+
+
 def test_startup_finds_the_first_step(tmp_path):
-    assert startup.main(["--runs", "1", "--where", "local", "--out", str(tmp_path)]) == 0
-    (run,) = json.loads(next(tmp_path.glob("startup_*.json")).read_text())["seconds"]["local"]
+    run = startup.start(tmp_path, "one", local=True)
     assert 0 < run["first_step_s"] < run["end_s"]
+    assert "| local: first step | " in startup.report({"local": [run]})
 
 
+@pytest.mark.slow
 def test_startup_shows_the_output_of_a_command_that_fails(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")

@@ -156,10 +156,11 @@ def test_digest_sees_swapped_layers():
     assert Topology(shapes, rows, {"a": one, "b": two}).digest(ALONE) != Topology(shapes, rows, {"a": two, "b": one}).digest(ALONE)
 
 
-def test_kill_leaves_plus_zero():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_kill_leaves_plus_zero(dtype):
     topology = small([[1, 0, 0], [0, 1, 0]])
     inf, nan = float("inf"), float("nan")
-    tensor = torch.tensor([[-1.5, nan, -inf], [inf, nan, -2.0]])
+    tensor = torch.tensor([[-1.5, nan, -inf], [inf, nan, -2.0]], dtype=dtype)
     topology.kill({"w": tensor})
     assert tensor.nan_to_num(99).tolist() == [[-1.5, 0, 0], [0, 99, 0]]  # a live NaN stays to be seen
     assert not torch.signbit(tensor[~topology.masks["w"]]).any()

@@ -17,13 +17,15 @@ SCALE = Scale(1000, 30, 200)
 @pytest.mark.parametrize(
     ("written", "num_steps"),
     [
-        (100, 100), (0, 0), ("100 steps", 100), ("1 step", 1), ("4768steps", 4768), ("  7  steps ", 7), ("1_000 steps", 1000), ("2k steps", 2000),
+        (100, 100), (0, 0), ("100 steps", 100), ("1 step", 1), ("4768steps", 4768), ("  7  steps ", 7),
+        ("1_000 steps", 1000), ("2k steps", 2000),
         ("5000 tokens", 5), ("5k tokens", 5), ("375M tokens", 375_000), ("2.5e9 tokens", 2_500_000), ("2.5e+9 tokens", 2_500_000),
         ("2.5G tokens", 2_500_000), ("2.5B tokens", 2_500_000), ("1 token", 1), ("0 tokens", 0),
         ("1 epoch", 30), ("5 epochs", 150), ("0.5 epochs", 15), ("2.5 epochs", 75),
         ("10 %", 20), ("10%", 20), ("100 %", 200), ("0 %", 0), ("12.5 %", 25), ("0.29 %", 1),
         # to the nearest, halves up, but never to 0 what is not 0
-        ("1499 tokens", 1), ("1500 tokens", 2), ("2499 tokens", 2), ("499 tokens", 1), ("0.01 steps", 1), ("0.1 %", 1), ("1.1 %", 2), ("1.25 %", 3),
+        ("1499 tokens", 1), ("1500 tokens", 2), ("2499 tokens", 2), ("499 tokens", 1),
+        ("0.01 steps", 1), ("0.1 %", 1), ("1.1 %", 2), ("1.25 %", 3),
     ],
 )  # fmt: skip
 def test_forms(written, num_steps):
@@ -32,7 +34,8 @@ def test_forms(written, num_steps):
 
 @pytest.mark.parametrize(
     "written",
-    ["", "steps", "ten steps", "-1 steps", "1.5.2 steps", "1e steps", "e9 tokens", "_1 steps", "100", "100 step s", "100 epoch steps", "375m tokens",
+    ["", "steps", "ten steps", "-1 steps", "1.5.2 steps", "1e steps", "e9 tokens", "_1 steps", "100", "100 step s",
+     "100 epoch steps", "375m tokens",
      "10 percent", "1e-3 tokens", "nan steps", "inf steps", True, 1.5, None, [1]],
 )  # fmt: skip
 def test_other_forms_are_refused(written):

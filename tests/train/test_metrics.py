@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -104,9 +105,10 @@ def test_meter_writes_jsonl_and_tensorboard(tmp_path):
     )
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
     board.Reload()
-    assert sorted(board.Tags()["scalars"]) == ["loss/train", "loss/validation", "sparsity/all"]
+    tags: dict[str, Any] = board.Tags()
+    assert sorted(tags["scalars"]) == ["loss/train", "loss/validation", "sparsity/all"]
     assert [(e.step, e.value) for e in board.Scalars("loss/train")] == [(10, 0.25), (20, 0.125)]
-    assert board.Tags()["histograms"] == ["weights/w"]
+    assert tags["histograms"] == ["weights/w"]
     assert [e.step for e in board.Histograms("weights/w")] == [10, 20]
 
 

@@ -1,6 +1,7 @@
 """Warm-up, decay, end: the learning rate as a share of its peak."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_end(kind, final):
     assert schedule.factor(5000, 100, 1000) == pytest.approx(final, abs=1e-15)  # past the end nothing rises again
     assert schedule.factor(999, 100, 1000) == pytest.approx(final, abs=2e-3)  # the last step of the run
     whole = [schedule.factor(step, 100, 1000) for step in range(1000)]
-    assert all(a >= b for a, b in zip(whole[100:], whole[101:], strict=False))
+    assert all(a >= b for a, b in pairwise(whole[100:]))
     assert all(final <= factor <= 1 for factor in whole[100:])
 
 
