@@ -224,7 +224,7 @@ def summarize(
                 for name, shape in sparse.items()
             ],
         },
-        "flops": t.ledger.savings().to_dict(),
+        "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.dense.total},  # dense kernels multiply every zero
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": state.seconds,

@@ -18,7 +18,7 @@ _TEXT = ("raysparse", "verb", "name", "config_digest", "model.class", "sparsity.
 _NUMBERS = (
     *("model.parameters", "loss.train", "loss.validation", "loss.perplexity"),
     *("sparsity.target", "sparsity.actual", "sparsity.of_model", "sparsity.nnz", "sparsity.total"),
-    *("flops.counted", "flops.dense", "flops.reduction", "flops.reduction_without_head"),
+    *("flops.counted", "flops.executed", "flops.dense", "flops.reduction", "flops.reduction_without_head"),
     *("steps", "tokens", "seconds", "tokens_per_s", "bytes_sent", "peak_memory_bytes", "workers"),
 )
 _OTHERS = ("sparsity.layers", "versions")

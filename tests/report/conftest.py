@@ -50,6 +50,7 @@ def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: flo
         "flops": {
             "convention": "spdf",
             "counted": counted,
+            "executed": 1e12,
             "dense": 1e12,
             "reduction": 1e12 / counted,
             "reduction_without_head": 2.5,

@@ -65,7 +65,7 @@ def test_the_union_reads_plain_data(task):
     assert read.data == PairFiles(train=("a.csv",), validation=("b.csv",), test=("c.csv",))
     assert Holder.check({"task": read.model_dump(mode="json")}).task == read
     assert Holder.check({"task": {"type": "docstrings"}}).task.primary == "rouge_l"
-    with pytest.raises(ConfigError, match=r"task\.pairs\.metrics\.0: Input should be 'bleu', "):
+    with pytest.raises(ConfigError, match=r"task\.metrics\.0: Input should be 'bleu', "):
         Holder.check({"task": {**values, "metrics": ["blue"]}})
 
 
