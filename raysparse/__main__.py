@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from raysparse.config import Config, ConfigError, load, merge, parse_override, read_yaml
 
@@ -59,12 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
     from raysparse.train.loop import TrainingError
+    from raysparse.train.process import launched
 
     kind = _config_type(args.verb, files, overrides)
-    if getattr(args, "local", False):
-        overrides = [*overrides, "run.workers=1"]
-    config = load(kind, files, overrides)
+    local = getattr(args, "local", False)
+    rank, workers = launched() if local else (0, 1)
+    config = load(kind, files, [*overrides, f"run.workers={workers}"] if local else overrides)
     try:
+        if rank > 0:
+            return _assist(config, args)
         facts, text = _verb(args.verb)(config, args)
     except TrainingError as error:
         print(f"raysparse: {error}", file=sys.stderr)
@@ -125,6 +128,16 @@ def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
     return run_here(jobs, run, console)
 
 
+def _assist(config: Any, args: argparse.Namespace) -> int:
+    """A rank of torchrun that is not the first: it works and says nothing."""
+    from raysparse.runtime.local import assist
+    from raysparse.train.metrics import Console
+
+    if not args.dry_run:
+        assist(config.run, Console())
+    return 0
+
+
 def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Config]:
     """The verb's config; `plan` takes the config of any training verb and tells them apart by their keys."""
     from raysparse.recipes import CONFIGS
@@ -156,25 +169,31 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--keys", action="store_true", help="explain every key of the config and stop")
         sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
         if verb not in ("plan", "export"):
-            sub.add_argument("--local", action="store_true", help="one worker in this process, without Ray: breakpoint() works")
+            sub.add_argument("--local", action="store_true", help="in this process (or torchrun's), without Ray: breakpoint() works")
     return parser
 
 
 def _keys(kind: type[Config], prefix: str = "") -> str:
-    """Every dotted key with its type, default and docstring."""
+    """Every dotted key with its default and docstring; of a section with a `type`, the keys of each type."""
     lines = []
     for name, field in kind.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Config):
-            lines.append(f"\n{prefix}{name}: {(inner.__doc__ or '').strip().splitlines()[0]}")
-            lines.append(_keys(inner, f"{prefix}{name}."))
-            continue
         default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
-        shown = default.model_dump() if isinstance(default, Config) else default
-        lines.append(f"  {prefix}{name} = {shown}")
-        if field.description:
-            lines.append("      " + " ".join(field.description.split()))
+        sections = [inner for inner in _sections(field.annotation) if issubclass(inner, Config)]
+        if name == "type" or not sections:
+            lines.append(f"  {prefix}{name} = {default}")
+            lines += [f"      {' '.join(field.description.split())}"] if field.description else []
+        for inner in sections:
+            chosen = f" (type: {inner.model_fields['type'].default})" if "type" in inner.model_fields and len(sections) > 1 else ""
+            lines.append(f"\n{prefix}{name}{chosen}: {(inner.__doc__ or '').strip().splitlines()[0]}")
+            lines.append(_keys(inner, f"{prefix}{name}."))
     return "\n".join(lines)
+
+
+def _sections(annotation: Any) -> list[type]:
+    """The classes in a type: of a union all of its members."""
+    if get_origin(annotation) is None:
+        return [annotation] if isinstance(annotation, type) else []
+    return [found for inner in get_args(annotation) for found in _sections(inner)]
 
 
 if __name__ == "__main__":

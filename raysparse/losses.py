@@ -14,6 +14,4 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, smoothing: float = 0.0) ->
         labels: [rows, length], already shifted; `IGNORED` positions count nothing.
         smoothing: label smoothing in [0, 1) (Szegedy et al. 2016).
     """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)

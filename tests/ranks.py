@@ -23,7 +23,13 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
     if _CONTEXT is None:
         _CONTEXT = mp.get_context("forkserver")
         _CONTEXT.set_forkserver_preload(
-            ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.models.gpt2.modeling_gpt2", "raysparse.recipes"]
+            [
+                "torch",
+                "torch.distributed.fsdp",
+                "torch.distributed.checkpoint",
+                "transformers.models.gpt2.modeling_gpt2",
+                "raysparse.recipes",
+            ]
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -161,9 +161,7 @@ def _preset_config(preset: str | None) -> "PretrainedConfig":
 
     assert preset is not None
     layers, width, heads, context = _SIZES[preset]
-    return GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 @contextmanager
@@ -206,9 +204,7 @@ def block_linears(model: nn.Module) -> list[str]:
 
     For GPT this is SPDF's set, the dense matrices of every block (arXiv:2303.10464 section 2.1), query, key and value in one.
     """
-    linears = {
-        id(linear.weight) for block in blocks(model).values() for linear in block.modules() if isinstance(linear, nn.Linear)
-    }
+    linears = {id(linear.weight) for block in blocks(model).values() for linear in block.modules() if isinstance(linear, nn.Linear)}
     return [name for name, parameter in model.named_parameters() if id(parameter) in linears]
 
 
@@ -273,9 +269,7 @@ def flops_architecture(model: "PreTrainedModel") -> Architecture:
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     linears = block_linears(model)
-    tables = {
-        f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Embedding)
-    }
+    tables = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Embedding)}
     inside = tuple(f"{name}." for name in blocks(model))
     for name, shape in shapes.items():
         if name.startswith(inside) and len(shape) > 1 and name not in linears and name not in tables:

@@ -98,8 +98,7 @@ def count_zeros(stored: Mapping[str, Tensor], linears: set[str]) -> dict[str, An
         "block_linears": total([name for name in stored if name in linears]),
         "model": total(list(stored)),
         "tensors": {
-            name: {"shape": list(value.shape), "nnz": nnz[name], "sparsity": 1 - nnz[name] / sizes[name]}
-            for name, value in stored.items()
+            name: {"shape": list(value.shape), "nnz": nnz[name], "sparsity": 1 - nnz[name] / sizes[name]} for name, value in stored.items()
         },
     }
 

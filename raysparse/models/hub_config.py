@@ -55,9 +55,7 @@ def check_overrides(overrides: Mapping[str, Any], base: "PretrainedConfig", wher
     for key, value in overrides.items():
         if key not in known:
             near = get_close_matches(key, known, n=4, cutoff=0.4) or known
-            raise ConfigError(
-                f"Expected a field of {type(base).__name__} in {where}. Got {key!r}. Nearest fields: {', '.join(near)}."
-            )
+            raise ConfigError(f"Expected a field of {type(base).__name__} in {where}. Got {key!r}. Nearest fields: {', '.join(near)}.")
         inner = getattr(base, key)
         if isinstance(inner, PretrainedConfig) and isinstance(value, Mapping):
             value = check_overrides(value, inner, f"{where}.{key}")

@@ -88,7 +88,8 @@ def estimate_memory(config: PretrainConfig, model: Any, sparse: SparsityPlan, dt
     units = [sum(p.numel() for p in unit.parameters()) for unit in blocks(model).values()]
     shards = config.run.workers // config.sharding.replicas if config.sharding.type == "fsdp2" else 1
     owners = config.run.workers if config.sharding.type == "fairscale" else shards
-    gathered = (total - sum(units) + 2 * max(units)) * width if config.sharding.type == "fsdp2" else 0
+    sharded = config.sharding.type == "fsdp2" and config.run.workers > 1
+    gathered = (total - sum(units) + 2 * max(units)) * width if sharded else 0
     rows = min(config.training.micro, config.training.sequences // config.run.workers)
     tokens = rows * config.data.context
     block = 34 * tokens * model.config.hidden_size * width // 2

@@ -28,7 +28,7 @@ from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Convention, Ledger
 from raysparse.sparsity.topology import Topology, pack
-from raysparse.train import checkpoint, length, metrics
+from raysparse.train import length, metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.loop import Pace, State, Training, TrainingConfig, train
 from raysparse.train.metrics import LoggingConfig, Meter
@@ -128,7 +128,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity)
     checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology)
     state, ledger = State(), Ledger(parts.convention)
-    if (found := checkpoint.newest(job.path / "checkpoints")) is not None:
+    if (found := checkpointer.newest()) is not None:
         extra = checkpointer.load(found)
         state = State(**extra["state"])
         ledger = Ledger.from_dict(extra["ledger"])

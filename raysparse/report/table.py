@@ -11,13 +11,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from raysparse.config import ConfigError
 from raysparse.report import Run, bytes_text, dense_twin, end_to_end, path_of, percent, reduction, runs_of
-from raysparse.tasks.metrics import METRICS, MetricName
+from raysparse.tasks.metrics import METRICS, MetricName, streams
 
 WIDTH = 110
 NO_TIME_SAVED = "masks on dense kernels saved no time here"
@@ -50,7 +50,7 @@ def paired_bootstrap(
     """A metric of ``ours`` minus that of ``theirs`` with its 95 % percentile interval (Koehn 2004, EMNLP, section 3).
 
     Every resample draws as many examples as there are, with replacement, the same ones for both systems. The metric of a corpus
-    is a function of sums over its examples (BLEU: n-gram matches and counts, lengths; ROUGE-L, exact match: the scores
+    is a function of sums over its examples (BLEU, chrF: n-gram matches and counts; ROUGE-L, exact match: the scores
     themselves), so the text is read once and a resample is a weighted sum ``[N] @ [N, sums]``.
 
     Args:
@@ -63,9 +63,8 @@ def paired_bootstrap(
             f"Expected outputs of two systems for the same examples. Got {len(ours)}, {len(theirs)} and {len(references)} "
             "references. Evaluate both on the same split."
         )
-    sums, score = _bleu_sums() if metric in ("bleu", "bleu_lowercase") else _mean_sums(metric)
-    lower = metric == "bleu_lowercase"
-    both = np.stack([sums([text.lower() for text in side] if lower else side, references, lower) for side in (ours, theirs)])
+    sums, score = _mean_sums(metric) if metric in ("rouge_l", "exact_match") else _corpus_sums(metric)
+    both = np.stack([sums(side, references) for side in (ours, theirs)])
     n, generator = len(references), np.random.default_rng(seed)
     differences = []
     for _ in range(resamples):
@@ -77,35 +76,31 @@ def paired_bootstrap(
     return Difference(score(first) - score(second), low, high)
 
 
-JUDGED = ("bleu", "bleu_lowercase", "rouge_l", "exact_match")
+JUDGED = ("bleu", "bleu_lowercase", "chrf", "rouge_l", "exact_match")
 """Metrics whose differences `paired_bootstrap` can judge."""
 
-Sums = Callable[[Sequence[str], Sequence[Sequence[str]], bool], np.ndarray]
+Sums = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 
 
-def _bleu_sums() -> tuple[Sums, Callable[[np.ndarray], float]]:
-    """Corpus BLEU by sacrebleu (13a, exp): [N, 10] sums of an example, and the score of their total, 0 to 100."""
+def _corpus_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
+    """BLEU and chrF by sacrebleu: the statistics of each example, [N, some], and the score of their total, as its own
+    bootstrap adds them up."""
     from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
-    bleu = BLEU(effective_order=True)  # silences advice about single sentences; the sums do not depend on it
+    scorer: Any = CHRF() if metric == "chrf" else BLEU(lowercase=metric == "bleu_lowercase", force=True)
 
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]], lower: bool) -> np.ndarray:
-        cased = [[text.lower() if lower else text for text in texts] for texts in references]
-        each = [bleu.sentence_score(output, texts) for output, texts in zip(outputs, cased, strict=True)]
-        return np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in each], dtype=np.float64)
+    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        return np.array(scorer._extract_corpus_statistics(outputs, streams(references)), dtype=np.float64)
 
-    def score(total: np.ndarray) -> float:
-        *grams, length, reference_length = total.tolist()
-        return BLEU.compute_bleu(grams[:4], grams[4:], int(length), int(reference_length), smooth_method="exp").score
-
-    return sums, score
+    return sums, lambda total: scorer._compute_score_from_stats(total.astype(int).tolist()).score
 
 
 def _mean_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
     """A metric that is a mean over examples: [N, 2] of (score, 1)."""
     one = METRICS[cast(MetricName, metric)]
 
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]], lower: bool) -> np.ndarray:
+    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         return np.array([[one([output], [texts]), 1.0] for output, texts in zip(outputs, references, strict=True)])
 
     return sums, lambda total: float(total[0] / total[1])

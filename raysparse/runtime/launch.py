@@ -25,6 +25,7 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean to the user
+    "RAY_worker_niceness": "0",  # Ray's 15 would starve the workers beside anything else
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after shutdown must not start another cluster
 }
 

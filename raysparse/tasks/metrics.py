@@ -17,14 +17,14 @@ def bleu(hypotheses: Sequence[str], references: References, lowercase: bool = Fa
     from sacrebleu.metrics import BLEU
 
     metric = BLEU(lowercase=lowercase, tokenize="13a", smooth_method="exp", force=True)
-    return metric.corpus_score(hypotheses, _streams(references)).score
+    return metric.corpus_score(hypotheses, streams(references)).score
 
 
 def chrf(hypotheses: Sequence[str], references: References) -> float:
     """Corpus chrF2 (Popović 2015) by sacrebleu: ``case:mixed|eff:yes|nc:6|nw:0|space:no``."""
     from sacrebleu.metrics import CHRF
 
-    return CHRF().corpus_score(hypotheses, _streams(references)).score
+    return CHRF().corpus_score(hypotheses, streams(references)).score
 
 
 def rouge_l(hypotheses: Sequence[str], references: References) -> float:
@@ -60,7 +60,7 @@ def score(names: Iterable[MetricName], hypotheses: Sequence[str], references: Re
     return {name: METRICS[name](hypotheses, references) for name in names}
 
 
-def _streams(references: References) -> list[list[Any]]:
+def streams(references: References) -> list[list[Any]]:
     """Per example -> per stream, as sacrebleu wants it; None where an example has fewer references than another."""
     width = max(len(right) for right in references)
     return [[right[k] if k < len(right) else None for right in references] for k in range(width)]

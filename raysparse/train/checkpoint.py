@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
@@ -62,7 +63,7 @@ class Checkpointer:
         if dist.get_rank() == 0 and path.exists():
             shutil.rmtree(path)  # half-written by an attempt that died
         dist.barrier(self._group)
-        state = self._tensors(save=True) | {"extra": json.dumps(dict(extra) | {"step": step})}
+        state = self._tensors() | {"extra": json.dumps(dict(extra) | {"step": step})}
         if self._config.asynchronous:
             written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
             self._pending = self._thread.submit(lambda: self._commit(path, written, protect))
@@ -80,9 +81,27 @@ class Checkpointer:
             self._pending.result()
             self._pending = None
 
+    def newest(self) -> Path | None:
+        """`newest` of the folder, as rank 0 finds it: one reader of all files is enough, and all ranks go on from the same."""
+        found: list[Path | ConfigError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [newest(self._folder)]
+            except ConfigError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        if isinstance(found[0], ConfigError):
+            raise found[0]
+        return found[0]
+
     def load(self, path: Path) -> dict[str, Any]:
-        """Load a checkpoint into the weights, optimizer and topology; returns what was saved as ``extra``."""
-        state = self._tensors(save=False) | {"extra": ""}
+        """Load a checkpoint into the weights, optimizer and topology; returns what was saved as ``extra``.
+
+        Raises:
+            ConfigError: it is of another model.
+        """
+        self._check(path)
+        state = self._tensors() | {"extra": ""}
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
@@ -93,7 +112,23 @@ class Checkpointer:
             self._topology.replace(masks)
         return extra
 
-    def _tensors(self, save: bool) -> dict[str, Any]:
+    def _check(self, path: Path) -> None:
+        """Compare names and whole shapes; DCP's own loading fails late, and would leave what it has loaded until then."""
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        found = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        kinds = ("model", "exp_avg", "exp_avg_sq")
+        expected = {f"{kind}/{name}": part.shape for kind in kinds for name, part in self._sharded.parts.items()}
+        if self._topology is not None:
+            expected |= {f"mask/{name}": (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
+        wrong = [key for key in [*expected, *sorted(found.keys() - expected.keys())] if found.get(key) != expected.get(key)]
+        if wrong:
+            shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])
+            raise ConfigError(
+                f"Expected {path} to be a checkpoint of this model. Got {len(wrong)} tensors that differ: {shown}. "
+                "Choose another run.name, or go back to the model and sparsity that the checkpoint was made with."
+            )
+
+    def _tensors(self) -> dict[str, Any]:
         """Key -> tensor that shares memory with the live one (masks: packed copies, or room for them)."""
         with torch.no_grad():
             values = {f"model/{name}": (name, part.local.detach()) for name, part in self._sharded.parts.items()}
@@ -114,7 +149,8 @@ class Checkpointer:
         partial = path / f"{MARKER}.partial"
         partial.write_text(json.dumps({"files": files}))
         partial.rename(path / MARKER)
-        for old in committed(self._folder)[: -self._config.keep]:
+        older = [checkpoint for checkpoint in committed(self._folder) if checkpoint < path]  # a later one is damaged
+        for old in older[: max(0, len(older) + 1 - self._config.keep)]:
             if old != self.path(protect):
                 shutil.rmtree(old)
 

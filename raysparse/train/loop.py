@@ -138,7 +138,7 @@ def train(t: Training, state: State) -> State:
             save(t, state, interval)
     t.checkpointer.wait()
     dist.barrier()
-    if t.config.patience > 0 and state.best_step < state.step:
+    if t.config.patience > 0 and 0 < state.best_step < state.step:
         t.run.show({"text": f"{t.stage}: back to the weights of step {state.best_step}, which validated best"})
         state.losses |= t.checkpointer.load(t.checkpointer.path(state.best_step))["state"]["losses"]
     return state

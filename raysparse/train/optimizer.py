@@ -33,7 +33,8 @@ class OptimizerConfig(Config):
 class ScheduleConfig(Config):
     """Learning rate over the run: linear warm-up to the peak, then cosine or linear decay to `final` x peak."""
 
-    type: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: Length = "0 steps"
     """Linear from 0: '375M tokens', '500 steps', '10 %' of the run."""
     final: float = Field(0.1, ge=0, le=1)
@@ -44,10 +45,10 @@ class ScheduleConfig(Config):
         if step < warmup:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        if self.type == "constant":
+        if self.decay == "constant":
             return 1.0
-        decay = (1 + math.cos(math.pi * progress)) / 2 if self.type == "cosine" else 1 - progress
-        return self.final + (1 - self.final) * decay
+        fall = (1 + math.cos(math.pi * progress)) / 2 if self.decay == "cosine" else 1 - progress
+        return self.final + (1 - self.final) * fall
 
 
 def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool) -> Optimizer:

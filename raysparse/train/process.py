@@ -11,6 +11,13 @@ from torch import Tensor
 from raysparse.sparsity.ranks import Ranks
 
 
+def launched() -> tuple[int, int]:
+    """(rank, number of ranks) that torchrun gave this process; (0, 1) where it was started alone."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
     """A default process group: the one that is there, torchrun's if its variables are set, else one of this process alone."""
@@ -18,7 +25,9 @@ def process_group(device: str) -> Iterator[None]:
         yield
         return
     backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launched()[1] > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -183,9 +183,7 @@ class FSDP2(Sharded):
     def stored(self, name: str, local: Tensor) -> Tensor:
         like, shape = self._parameters[name], (self.parts[name].shape[0], *local.shape[1:])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def whole(self, name: str, local: Tensor) -> Tensor:
         stored = self.stored(name, local)
@@ -279,8 +277,12 @@ def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingCo
     Args:
         blocks: the units that are gathered together under FSDP2.
         dtype: of the computation; weights, gradients over ranks and optimizer state stay float32.
+
+    One rank has nothing to shard: in float32 it holds the model whole, bit-equal to FSDP2 on one rank, which would copy every
+    weight and gradient in each step for nothing (9-20 % of it on a CPU, docs/benchmarks.md). In bfloat16 FSDP2 does the casting.
     """
-    if config.type == "fsdp2":
+    alone = dist.get_world_size() == 1 and dtype == torch.float32
+    if config.type == "fsdp2" and not alone:
         return FSDP2(module, blocks, config, device, dtype)
     return (Fairscale if config.type == "fairscale" else Replicated)(module, device, dtype)
 

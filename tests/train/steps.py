@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from raysparse.data.batch import Batch
-from raysparse.models.build import ModelConfig, build, select
+from raysparse.models.build import build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan

@@ -38,7 +38,7 @@ def test_decay(kind, drawn):
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_end(kind, final):
-    schedule = ScheduleConfig(type=kind, final=final)
+    schedule = ScheduleConfig(decay=kind, final=final)
     assert schedule.factor(1000, 100, 1000) == pytest.approx(final, abs=1e-15)
     assert schedule.factor(5000, 100, 1000) == pytest.approx(final, abs=1e-15)  # past the end nothing rises again
     assert schedule.factor(999, 100, 1000) == pytest.approx(final, abs=2e-3)  # the last step of the run

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from raysparse.sparsity.ranks import ALONE
 from raysparse.train.clip import clip_, global_norm
 from raysparse.train.loop import TrainingError, forward_backward, train, update
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.shard import Sharded
-from raysparse.sparsity.ranks import ALONE
 from tests.ranks import spawn
 from tests.train.steps import CONTEXT, SPARSE, Tokens, assemble, differences, run, snapshot
 
@@ -116,7 +116,9 @@ def live_nan(folder: str) -> dict:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nan_in_a_live_gradient_stops_every_rank_before_it_does_harm(tmp_path, ranks):
     for found in spawn(live_nan, ranks, str(tmp_path)):
-        assert found["error"].startswith(f"Expected finite gradients in step 4 of {tmp_path.name}. Got a NaN or infinity. Lower optimizer.lr")
+        assert found["error"].startswith(
+            f"Expected finite gradients in step 4 of {tmp_path.name}. Got a NaN or infinity. Lower optimizer.lr"
+        )
         assert found["differences"] == []
         assert found["steps"] == {3}
 

@@ -1,0 +1,242 @@
+"""The console script: what it prints, what it refuses before anything starts, and that it loses nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from raysparse.__main__ import main
+from raysparse.config import merge
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config_file(pretrain_values: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(pretrain_values))
+    return file
+
+
+def cli(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli("--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for verb in ("plan", "pretrain", "finetune", "evaluate", "export", "compare"):
+        assert f"raysparse {verb}" in text
+    with pytest.raises(SystemExit):
+        cli("pretrain", "--help")
+    text = capsys.readouterr().out
+    assert "--local" in text
+    assert "--dry-run" in text
+    assert "sparsity.target=0.75" in text
+
+
+def test_keys_are_explained(capsys):
+    assert cli("pretrain", "--keys") == 0
+    text = capsys.readouterr().out
+    assert "sparsity.target = 0.0" in text
+    assert "Fraction of zeros in the sparse weights" in text
+    assert "run.workers = 1" in text
+
+
+def test_console_script_and_module_are_one(tmp_path):
+    script = Path(sys.executable).with_name("raysparse")
+    commands = ([sys.executable, "-m", "raysparse"], *([[str(script)]] if script.exists() else []))
+    for command in commands:
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+        assert "train large models with most of their weights absent" in done.stdout
+
+
+def test_plan_of_gpt3_xl_takes_seconds_and_trains_nothing(capsys):
+    assert cli("plan", ROOT / "configs" / "pretrain" / "spdf_gpt3_xl.yaml", "run.workers=64", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["sparsity"]["layers"]) == 24 * 4
+    assert facts["sparsity"]["layers"][0] == {
+        "name": "transformer.h.0.attn.c_attn.weight",
+        "shape": [6144, 2048],
+        "nnz": 6144 * 2048 // 4,
+        "density": 0.25,
+    }
+    assert facts["memory_bytes_per_rank"]["weights"] == 4 * 1_315_723_264 // 64
+    assert facts["bytes_sent_per_rank_and_step"] > 0
+
+
+def test_plan_prints_a_page(capsys, config_file):
+    assert cli("plan", config_file, "run.workers=2") == 0
+    text = capsys.readouterr().out
+    for part in ("target: 0.75", "transformer.h.1.mlp.c_proj.weight", "32 x 128", "1,024", "convention spdf", "sent a step"):
+        assert part in text
+
+
+def test_dry_run_writes_nothing(capsys, config_file, pretrain_values):
+    assert cli("pretrain", config_file, "--dry-run") == 0
+    assert "Nothing was started" in capsys.readouterr().out
+    assert not Path(pretrain_values["run"]["folder"]).exists()
+
+
+def test_a_local_run_from_pretraining_to_export(capsys, config_file, pretrain_values, tmp_path):
+    assert cli("pretrain", config_file, "--local", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny"
+    assert summary == json.loads((folder / "summary.json").read_text())
+    linears = {layer["name"]: layer for layer in summary["sparsity"]["layers"]}
+    assert all(layer["nnz"] * 4 == layer["shape"][0] * layer["shape"][1] for layer in linears.values())
+    documented = (ROOT / "docs" / "summary.md").read_text()
+    for key, value in summary.items():
+        for inner in value if isinstance(value, dict) and key != "versions" else [""]:
+            name = f"{key}.{inner}".rstrip(".")
+            assert f"`{name}" in documented or f"`{key}.*`" in documented, f"{name} is not in docs/summary.md"
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "export", "checkpoints"):
+        assert (folder / name).exists()
+    exported = load_file(str(folder / "export" / "model.safetensors"))
+    weight = exported["transformer.h.0.mlp.c_fc.weight"]
+    assert int((weight != 0).sum()) == linears["transformer.h.0.mlp.c_fc.weight"]["nnz"]
+
+    assert cli("pretrain", config_file, "--local", "--json") == 0  # finished: nothing is trained again
+    assert json.loads(capsys.readouterr().out) == summary
+
+    target = tmp_path / "hub"
+    assert cli("export", f"run={folder}", f"to={target}", "--json") == 0
+    capsys.readouterr()
+    again = load_file(str(target / "model.safetensors"))
+    assert all(torch.equal(exported[key], again[key]) for key in exported)
+    assert cli("export", f"run={folder}", f"to={target}") == 2
+    assert "Expected" in capsys.readouterr().err
+    assert (target / "model.safetensors").exists()
+
+
+def test_exported_logits_are_bit_equal(config_file, pretrain_values):
+    """from_pretrained of the export against the trained weights put into transformers' own class by hand."""
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    cli("pretrain", config_file, "--local")
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny" / "export"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = GPT2LMHeadModel(loaded.config).eval()
+    ours.load_state_dict(load_file(str(folder / "model.safetensors")), strict=False)
+    ids = torch.arange(48).view(3, 16)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
+
+
+#                        override                                  what the message says
+REFUSED = [
+    (["sparsity.levle=0.5", "optimizer.lr=-1"], ["2 problems", "sparsity.levle", "optimizer.lr"]),
+    (["sparsity.target=1.0"], ["sparsity.target", "less than 1"]),
+    (["sparsity.target=-0.1"], ["sparsity.target", "greater than or equal to 0"]),
+    (["run.workers=3"], ["Expected run.workers to divide training.sequences. Got 3 workers, 4 sequences"]),
+    (["data.train.paths=[nowhere.jsonl]"], ["nowhere.jsonl"]),
+    (["data.context=100000"], ["100001 tokens"]),
+    (["sharding.type=fsdp2", "sharding.replicas=2"], ["Expected sharding.replicas to divide run.workers. Got 2 replicas, 1 workers"]),
+    (["model.preset=null", "model.overrides={}", "model.path=/no/such/model"], ["/no/such/model"]),
+    (["model.overrides.n_hedd=2"], ["n_hedd", "n_head"]),
+    (["training.length=3 epochs"], ["training.length", "stream"]),
+    (["run.name=../escape"], ["run.name"]),
+    (["sparsity.include=[nothing.*]"], ["nothing.*"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), REFUSED, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_refused_before_anything_starts(capsys, config_file, pretrain_values, overrides, parts):
+    assert cli("pretrain", config_file, *overrides) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("raysparse: Expected")
+    for part in parts:
+        assert part in message
+    assert not Path(pretrain_values["run"]["folder"]).exists()
+
+
+def test_missing_config_file(capsys, tmp_path):
+    assert cli("pretrain", tmp_path / "no.yaml") == 2
+    assert "Expected a config file at" in capsys.readouterr().err
+
+
+def test_empty_corpus(capsys, config_file, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert cli("pretrain", config_file, f"data.train.paths=[{tmp_path / 'empty.jsonl'}]") == 2
+    assert "Got none" in capsys.readouterr().err
+
+
+def test_a_used_name_with_another_config_is_refused_and_nothing_is_lost(capsys, config_file, pretrain_values):
+    cli("pretrain", config_file, "--local")
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny"
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert cli("pretrain", config_file, "--local", "sparsity.target=0.5") == 2
+    assert "Got other values of: sparsity.target" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_unknown_option(capsys, config_file):
+    with pytest.raises(SystemExit) as end:
+        cli("pretrain", config_file, "--locl")
+    assert end.value.code == 2
+    assert "--locl" in capsys.readouterr().err
+
+
+def finetune_values(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    pairs = [{"source": f"mask {i} layer", "target": f"live {i}"} for i in range(40)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    return {
+        "run": values["run"] | {"name": "tuned"},
+        "model": {"path": str(Path(values["run"]["folder"]) / "tiny")},
+        "task": {"type": "pairs", "data": {"type": "files"} | files, "metrics": ["chrf", "bleu"]},
+        "context": 16,
+        "training": {"length": 6, "sequences": 4, "micro": 2, "validation_sequences": 8},
+        "generation": {"max_new_tokens": 4},
+        "evaluation": {"max_examples": 10},
+        "cache_dir": values["data"]["cache_dir"],
+    }
+
+
+@pytest.mark.parametrize("masks", ["lift", "keep"])
+def test_hand_over(capsys, config_file, pretrain_values, tmp_path, masks):
+    """lift: revived weights start at exactly 0 and train. keep: dead weights stay dead."""
+    cli("pretrain", config_file, "--local")
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text(yaml.safe_dump(finetune_values(pretrain_values, tmp_path)))
+    capsys.readouterr()
+    assert cli("finetune", tuned, "--local", f"sparsity.masks={masks}", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    runs = Path(pretrain_values["run"]["folder"])
+    before = load_file(str(runs / "tiny" / "export" / "model.safetensors"))
+    after = load_file(str(runs / "tuned" / "export" / "model.safetensors"))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    dead = before[name] == 0
+    assert (after[name][dead] != 0).any() == (masks == "lift")
+    assert (after[name][~dead] != before[name][~dead]).all()
+    assert summary["sparsity"]["actual"] == (0.0 if masks == "lift" else 0.75)
+    assert summary["parent"] == "tiny"
+    assert summary["task"]["num_examples"] == 10
+    assert len((runs / "tuned" / "predictions.jsonl").read_text().splitlines()) == 10
+    assert cli("evaluate", tmp_path / "tuned.yaml", "--local") == 2  # a fine-tuning config has keys that evaluate has not
+    capsys.readouterr()
+    keys = {key: value for key, value in finetune_values(pretrain_values, tmp_path).items() if key != "training"}
+    evaluation = tmp_path / "evaluation.yaml"
+    evaluation.write_text(yaml.safe_dump(merge(keys, {"run": {"name": "scored"}, "model": {"path": str(runs / "tuned")}})))
+    assert cli("evaluate", evaluation, "--local", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["task"]["scores"] == summary["task"]["scores"]
+
+
+def test_keeping_masks_of_a_dense_model_is_refused(capsys, config_file, pretrain_values, tmp_path):
+    cli("pretrain", config_file, "--local", "sparsity.target=0")
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text(yaml.safe_dump(finetune_values(pretrain_values, tmp_path)))
+    capsys.readouterr()
+    assert cli("finetune", tuned, "--local", "sparsity.masks=keep") == 2
+    assert "Expected masks.safetensors" in capsys.readouterr().err

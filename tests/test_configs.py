@@ -1,0 +1,97 @@
+"""Every YAML file in configs/ is a config of its verb, and the papers' recipes have the papers' numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from raysparse.config import load, read_yaml
+from raysparse.recipes import CONFIGS
+from raysparse.recipes.compare import CompareConfig, finetune_configs, pretrain_configs
+from raysparse.recipes.finetune import FinetuneConfig
+from raysparse.recipes.plan import plan
+from raysparse.recipes.pretrain import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+VERBS = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "evaluate", "compare": "compare", "configs": "pretrain"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_file_is_a_config_that_says_how_to_run_it(file):
+    verb = VERBS[file.parent.name]
+    config = load(CONFIGS[verb], [file])
+    assert type(config).check(config.model_dump(mode="json")) == config
+    comments = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"raysparse {verb} configs/" in comments
+    assert str(file.relative_to(ROOT)) in comments
+
+
+def test_the_names_that_others_rely_on():
+    names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
+    twins = {f"pretrain/{kind}_{size}.yaml" for kind in ("dense", "spdf") for size in ("gpt2_small", "gpt3_xl")}
+    assert names >= twins | {"debug.yaml", "quickstart.yaml"}
+
+
+# SPDF (arXiv:2303.10464), table 1 of the supplement and section 3.1
+#          parameters   sparse weights  steps   warm-up  tokens    FLOPs     reduction at 75 %
+@pytest.mark.parametrize(
+    ("size", "parameters", "linears", "steps", "warmup", "tokens", "flops", "reduction"),
+    [
+        ("gpt2_small", 125.1e6, 12 * 12 * 768**2, 4768, 715, 2.5e9, 1.46e18, 1 / 0.601),
+        ("gpt3_xl", 1.315e9, 12 * 24 * 2048**2, 24796, 358, 26e9, 94.76e18, 1 / 0.401),
+    ],
+)
+def test_spdf_recipes(size, parameters, linears, steps, warmup, tokens, flops, reduction):
+    facts = plan(load(PretrainConfig, [ROOT / "configs" / "pretrain" / f"spdf_{size}.yaml"]))
+    assert facts["model"]["parameters"] == pytest.approx(parameters, rel=2e-3)
+    assert (facts["sparsity"]["total"], facts["sparsity"]["nnz"]) == (linears, linears // 4)
+    assert (facts["steps"], facts["warmup_steps"]) == (steps, warmup)
+    assert facts["tokens"] == pytest.approx(tokens, rel=1e-3)
+    assert facts["flops"]["convention"] == "spdf"
+    assert facts["flops"]["counted"] == pytest.approx(flops, rel=9e-3)
+    assert facts["flops"]["reduction"] == pytest.approx(reduction, rel=9e-3)
+
+
+@pytest.mark.parametrize("size", ["gpt2_small", "gpt3_xl"])
+def test_the_dense_twin_differs_in_sparsity_alone(size):
+    dense, sparse = (read_yaml(ROOT / "configs" / "pretrain" / f"{kind}_{size}.yaml") for kind in ("dense", "spdf"))
+    assert dense.pop("sparsity")["target"] == 0.0
+    assert sparse.pop("sparsity")["target"] == 0.75
+    assert dense["run"].pop("name") != sparse["run"].pop("name")
+    assert dense == sparse
+
+
+@pytest.mark.parametrize("task", ["e2e", "webnlg", "dart"])
+def test_finetuning_recipes(task):
+    config = load(FinetuneConfig, [ROOT / "configs" / "finetune" / f"{task}.yaml"])
+    assert config.training.sequences in (8, 16, 32, 64)
+    assert config.optimizer.lr in (1e-4, 5e-5, 2.5e-5)
+    assert (config.training.length, config.schedule.decay, config.context) == ("5 epochs", "linear", 512)
+    assert (config.generation.num_beams, config.generation.no_repeat_ngram_size, config.generation.max_new_tokens) == (10, 4, 64)
+    assert config.training.patience > 0
+    assert config.sparsity.masks == "lift"
+
+
+def test_the_recipe_of_e2e_reads_the_real_data():
+    folder = ROOT.parent / "shared" / "data" / "e2e_nlg"
+    if not folder.is_dir():
+        pytest.skip(f"the E2E data set is not at {folder}")
+    files = {split: str(folder / f"{split}.jsonl.gz") for split in ("train", "validation", "test")}
+    recipe = ROOT / "configs" / "finetune" / "e2e.yaml"
+    config = load(FinetuneConfig, [recipe], [f"task.data.{split}={path}" for split, path in files.items()])
+    sizes = {split: sum(len(e.references) for e in config.task.examples(split)) for split in ("validation", "test")}
+    assert sizes == {"validation": 4672, "test": 4693}
+
+
+def test_the_quickstart_compares_twins(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load(CompareConfig, [ROOT / "configs" / "compare" / "quickstart.yaml"])
+    twins, tuned = pretrain_configs(config), finetune_configs(config)
+    dense, sparse = (twin.model_dump(exclude={"sparsity": {"target"}, "run": {"name"}}) for twin in twins.values())
+    assert dense == sparse
+    assert [twin.sparsity.target for twin in twins.values()] == [0.0, 0.75]
+    assert [(stage.model.path.split("/")[-1], stage.sparsity.masks) for stage in tuned.values()] == [
+        ("pretrain-dense", "lift"),
+        ("pretrain-sparse", "lift"),
+        ("pretrain-sparse", "keep"),
+    ]

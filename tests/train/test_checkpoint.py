@@ -1,0 +1,329 @@
+"""Resuming is exact, at any number of ranks and after any damage; what is kept is what was promised."""
+
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from raysparse.config import ConfigError
+from raysparse.train import checkpoint, loop
+from raysparse.train.checkpoint import MARKER, committed, damage, newest
+from tests.ranks import spawn
+from tests.train.steps import SPARSE, Died, assemble, differences, run, snapshot
+
+LOOSE = {"run": {"name": "steps", "seed": 3}}
+PARITY = {"run": {"name": "steps", "seed": 3, "parity": True}}
+# 2 rows in the feed-forward layers: one of 3 ranks has none.
+THIN = {"model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "n_inner": 2, "vocab_size": 101}}}
+
+
+def every(steps: int, keep: int = 10, **more: object) -> dict:
+    return {"checkpoint": {"every": steps, "keep": keep} | more}
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "none", "fairscale"])
+def test_killed_and_resumed_is_bit_equal_to_straight_on(tmp_path, kind):
+    """Killed in step 17, resumed in new processes from step 12; the records of steps 13 to 16 are written again."""
+    if kind == "fairscale":
+        pytest.importorskip("fairscale", reason="pip install 'raysparse[fairscale]'")
+    sections = LOOSE | every(12) | {"sharding": {"type": kind}}
+    straight = spawn(run, 2, str(tmp_path / "straight"), sections, SPARSE)
+    died = spawn(run, 2, str(tmp_path / "resumed"), sections, SPARSE, 17)
+    assert [result["state"]["step"] for result in died] == [16, 16]
+    resumed = spawn(run, 2, str(tmp_path / "resumed"), sections, SPARSE)
+    for a, b in zip(straight, resumed, strict=True):
+        assert differences(a, b) == []
+        assert a["state"]["losses"] == b["state"]["losses"]
+    assert "going on from step_00000012" in (tmp_path / "resumed" / "console.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory) -> Path:
+    """The folder of a run that two ranks left in step 17, with a checkpoint at 12."""
+    folder = tmp_path_factory.mktemp("halfway")
+    spawn(run, 2, str(folder), PARITY | THIN | every(12), SPARSE, 17)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    return spawn(run, 1, str(tmp_path_factory.mktemp("alone")), PARITY | THIN | every(12), SPARSE)[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_saved_on_two_ranks_goes_on_bit_equal_on_others(alone, halfway, tmp_path, ranks):
+    shutil.copytree(halfway, tmp_path / "run")
+    for other in spawn(run, ranks, str(tmp_path / "run"), PARITY | THIN | every(12), SPARSE):
+        assert differences(alone, other) == []
+
+
+# --- what lies in the folder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    """A run on two ranks with checkpoints at 12, 18 and 24, and its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, spawn(run, 2, str(folder), LOOSE | every(6, keep=3), SPARSE)[0]
+
+
+def test_keep_is_honoured(finished):
+    folder, _ = finished
+    assert [path.name for path in committed(folder / "checkpoints")] == ["step_00000012", "step_00000018", "step_00000024"]
+    assert sorted((folder / "checkpoints").iterdir()) == committed(folder / "checkpoints")
+
+
+def test_masks_are_stored_in_one_bit_a_weight(finished):
+    folder, end = finished
+    metadata = dcp.FileSystemReader(folder / "checkpoints" / "step_00000024").read_metadata()
+    stored = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith("mask/")}
+    assert [key.removeprefix("mask/") for key in stored] == list(end["nnz"])
+    bits = bools = 0
+    for key, entry in stored.items():
+        rows, cols = end[key.replace("mask/", "model/")].shape
+        assert entry.properties.dtype == torch.uint8
+        assert tuple(entry.size) == (rows, -(-cols // 8))
+        bits, bools = bits + rows * -(-cols // 8), bools + rows * cols
+    pieces = [item.length for index, item in metadata.storage_data.items() if index.fqn in stored]
+    assert len(pieces) == 2 * len(stored)
+    headers = 1600 * len(pieces)  # of torch's file format
+    assert sum(pieces) < bits + headers < bools
+
+
+def test_marker_knows_every_file(finished):
+    folder, _ = finished
+    for path in committed(folder / "checkpoints"):
+        files = json.loads((path / MARKER).read_text())["files"]
+        assert files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert files.keys() | {MARKER} == {file.name for file in path.iterdir()}
+        assert damage(path) is None
+
+
+def unmarked(folder: str) -> dict:
+    """A process that ends when everything is written but the marker."""
+
+    def die(_: Path) -> int:
+        raise Died
+
+    checkpoint._crc = die
+    return run(folder, LOOSE, SPARSE)
+
+
+def test_folder_without_its_marker_is_not_a_checkpoint(tmp_path):
+    (died,) = spawn(unmarked, 1, str(tmp_path))
+    assert died["state"]["step"] == 24
+    left = tmp_path / "checkpoints" / "step_00000024"
+    assert {file.name for file in left.iterdir()} == {".metadata", "__0_0.distcp"}
+    assert newest(tmp_path / "checkpoints") is None
+    (again,) = spawn(run, 1, str(tmp_path), LOOSE, SPARSE)
+    (other,) = spawn(run, 1, str(tmp_path / "other"), LOOSE, SPARSE)
+    assert differences(again, other) == []
+    assert newest(tmp_path / "checkpoints") == left
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    file = path / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    file = path / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def delete(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def garble(path: Path) -> None:
+    (path / MARKER).write_text('{"files": {"__0_0')
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (truncate, "__1_0.distcp has "),
+        (flip, "__0_0.distcp has another checksum than when it was written"),
+        (delete, ".metadata is missing"),
+        (garble, f"its marker {MARKER} cannot be read"),
+    ],
+)
+def test_damaged_newest_falls_back_to_the_one_before(finished, tmp_path, caplog, harm, text):
+    folder = shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    assert newest(folder) == folder / "step_00000024"
+    assert caplog.messages == []
+    harm(folder / "step_00000024")
+    assert newest(folder) == folder / "step_00000018"
+    (message,) = caplog.messages
+    assert message.startswith(f"Checkpoint {folder / 'step_00000024'} is damaged ({text}")
+    assert message.endswith("; falling back to the one before.")
+    harm(folder / "step_00000018")
+    assert newest(folder) == folder / "step_00000012"
+    harm(folder / "step_00000012")
+    with pytest.raises(ConfigError) as error:
+        newest(folder)
+    assert str(error.value).startswith(f"Expected an undamaged checkpoint in {folder}. Got 3 damaged: step_00000024: {text}")
+    assert str(error.value).endswith("Restore one from a copy, or choose another run.name to start anew.")
+
+
+def run_with_log(folder: str, sections: dict) -> tuple[dict, list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("raysparse").addHandler(handler)
+    return run(folder, sections, SPARSE), messages
+
+
+def test_run_goes_on_from_before_the_damage_and_ends_bit_equal(finished, tmp_path):
+    """Fewer are kept from now on: the damaged one, still the last in the folder, must not displace a sound one."""
+    folder, end = finished
+    shutil.copytree(folder, tmp_path / "run")
+    flip(tmp_path / "run" / "checkpoints" / "step_00000024")
+    results = spawn(run_with_log, 2, str(tmp_path / "run"), LOOSE | every(5, keep=1))
+    assert [differences(end, other) for other, _ in results] == [[], []]
+    assert [[message[:10] for message in messages] for _, messages in results] == [["Checkpoint"], []]
+    assert newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000024"
+
+
+def saved_before_a_damaged_one(folder: str) -> list[str]:
+    t, _ = assemble(folder, LOOSE | every(0, keep=1), SPARSE)
+    t.checkpointer.save(20, {})
+    t.checkpointer.wait()
+    return [path.name for path in committed(Path(folder) / "checkpoints")]
+
+
+def test_damaged_later_checkpoint_does_not_displace_a_sound_one(finished, tmp_path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    flip(tmp_path / "checkpoints" / "step_00000024")
+    assert spawn(saved_before_a_damaged_one, 1, str(tmp_path)) == [["step_00000020", "step_00000024"]]
+
+
+def refused(folder: str, sections: dict, sparsity: dict) -> str:
+    try:
+        assemble(folder, sections, sparsity)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("loaded")
+
+
+NARROW = {"model": {"preset": "debug", "overrides": {"n_embd": 20, "n_head": 5, "n_layer": 2, "vocab_size": 101}}}
+SHALLOW = {"model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 1, "vocab_size": 101}}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sparsity", "texts"),
+    [
+        (NARROW, SPARSE, ["model/transformer.wte.weight (101, 40) instead of (101, 20)"]),
+        (SHALLOW, SPARSE, ["Got 40 tensors", "exp_avg/transformer.h.1.attn.c_attn.bias (120,) instead of nothing"]),
+        ({}, {"target": 0.0}, ["Got 8 tensors", "mask/transformer.h.0.attn.c_attn.weight (120, 5) instead of nothing"]),
+        ({}, SPARSE | {"include": ["*.weight"], "exclude": ["*wpe*"]}, ["mask/transformer.wte.weight missing instead of (101, 5)"]),
+    ],
+    ids=["width", "depth", "dense", "more sparse weights"],
+)
+def test_checkpoint_of_another_model_is_refused_before_training(finished, tmp_path, sections, sparsity, texts):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    for message in spawn(refused, 2, str(tmp_path), LOOSE | sections, sparsity):
+        assert message.startswith(f"Expected {tmp_path / 'checkpoints' / 'step_00000024'} to be a checkpoint of this model. Got ")
+        assert message.endswith("Choose another run.name, or go back to the model and sparsity that the checkpoint was made with.")
+        assert [text for text in texts if text not in message] == []
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def late(folder: str) -> None:
+    """Asynchronous saving, at its slowest: nothing is written before two more steps have been made, or training waits."""
+    t, state = assemble(folder, LOOSE | every(4, asynchronous=True), SPARSE)
+    write, wait, may_write = FileSystemWriter.write_data, t.checkpointer.wait, threading.Event()
+
+    def held(*args, **kwargs):
+        assert may_write.wait(60)
+        return write(*args, **kwargs)
+
+    def waited() -> None:
+        may_write.set()
+        wait()
+        may_write.clear()
+
+    t.checkpointer.wait = waited
+    FileSystemWriter.write_data = held
+    t.optimizer.register_step_post_hook(lambda *_: may_write.set() if state.step % 4 == 1 else None)
+    loop.train(t, state)
+
+
+def tensors(path: Path) -> dict:
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items() if key != "extra"}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_asynchronous_saving_stores_the_step_it_was_asked_for(tmp_path):
+    spawn(late, 2, str(tmp_path / "late"))
+    spawn(run, 2, str(tmp_path / "at once"), LOOSE | every(4, asynchronous=False), SPARSE)
+    paths = [committed(tmp_path / name / "checkpoints") for name in ("late", "at once")]
+    assert [path.name for path in paths[0]] == [f"step_{step:08d}" for step in range(4, 25, 4)]
+    before = None
+    for a, b in zip(*paths, strict=True):
+        assert differences(tensors(a), tensors(b)) == []
+        assert before is None or differences(before, tensors(a)) != []
+        before = tensors(a)
+
+
+# --- the best one -----------------------------------------------------------------------------------------------------
+
+
+def stopped_early(folder: str, die_in: int) -> dict:
+    """Validation losses by the book: the best at step 4, two worse ones, and the run ends in step 12."""
+    t, state = assemble(folder, {"training": {"length": 24, "sequences": 6, "validate_every": 4, "patience": 2}} | every(2, keep=1), SPARSE)
+    losses, at = {4: 3.0, 8: 3.5, 12: 3.2}, {}
+    loop.validate = lambda _: (losses[state.step], 0.1)
+
+    def look(*_) -> None:
+        at[state.step] = snapshot(t)
+        if state.step + 1 == die_in:
+            t.checkpointer.wait()
+            raise Died
+
+    t.optimizer.register_step_pre_hook(look)
+    try:
+        state = loop.train(t, state)
+    except Died:
+        return {"kept": [path.name for path in committed(Path(folder) / "checkpoints")]}
+    return {"state": vars(state), "trained": list(at), "best": at.get(4), "last": at.get(11), "end": snapshot(t)}
+
+
+def test_early_stopping_keeps_the_best_checkpoint_and_ends_with_it(tmp_path):
+    first, second = spawn(stopped_early, 2, str(tmp_path / "straight"), 0)
+    for found in (first, second):
+        assert (found["state"]["step"], found["state"]["best_step"]) == (12, 4)
+        assert found["state"]["losses"]["validation"] == 3.0
+        assert found["trained"] == list(range(12))
+        assert differences(found["best"], found["end"]) == []
+        assert differences(found["last"], found["end"]) != []
+    assert [path.name for path in committed(tmp_path / "straight" / "checkpoints")] == ["step_00000004", "step_00000012"]
+    assert "back to the weights of step 4, which validated best" in (tmp_path / "straight" / "console.txt").read_text()
+    # Killed after the best step: it is protected although only the newest is to be kept.
+    assert spawn(stopped_early, 2, str(tmp_path / "resumed"), 11)[0] == {"kept": ["step_00000004", "step_00000010"]}
+    resumed = spawn(stopped_early, 2, str(tmp_path / "resumed"), 0)[0]
+    assert resumed["trained"] == [10, 11]
+    assert differences(resumed["end"], first["end"]) == []
+    # Killed between the last step and the end: no step is left to train.
+    again = spawn(stopped_early, 2, str(tmp_path / "straight"), 0)[0]
+    assert again["trained"] == []
+    assert differences(again["end"], first["end"]) == []
