@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
     from raysparse.train.loop import TrainingError
-    from raysparse.train.process import launched
+    from raysparse.train.process import torchrun_rank
 
     kind = _config_type(args.verb, files, overrides)
-    local = getattr(args, "local", False)
-    rank, workers = launched() if local else (0, 1)
-    config = load(kind, files, [*overrides, f"run.workers={workers}"] if local else overrides)
+    rank, workers = torchrun_rank() or (0, 1)
+    if hasattr(args, "local") and (args.local or torchrun_rank()):
+        args.local, overrides = True, [*overrides, f"run.workers={workers}"]
+    config = load(kind, files, overrides)
     try:
         if rank > 0:
             return _assist(config, args)
@@ -129,11 +130,11 @@ def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
 
 
 def _assist(config: Any, args: argparse.Namespace) -> int:
-    """A rank of torchrun that is not the first: it works and says nothing."""
+    """A rank of torchrun that is not the first: it takes part in what rank 0 starts, and says nothing."""
     from raysparse.runtime.local import assist
     from raysparse.train.metrics import Console
 
-    if not args.dry_run:
+    if getattr(args, "local", False) and not args.dry_run:
         assist(config.run, Console())
     return 0
 
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--keys", action="store_true", help="explain every key of the config and stop")
         sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
         if verb not in ("plan", "export"):
-            sub.add_argument("--local", action="store_true", help="in this process (or torchrun's), without Ray: breakpoint() works")
+            sub.add_argument("--local", action="store_true", help="in this process, without Ray: breakpoint() works (torchrun implies it)")
     return parser
 
 

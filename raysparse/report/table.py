@@ -63,17 +63,33 @@ def paired_bootstrap(
             f"Expected outputs of two systems for the same examples. Got {len(ours)}, {len(theirs)} and {len(references)} "
             "references. Evaluate both on the same split."
         )
+    (first, second), whole = _resampled(metric, (ours, theirs), references, resamples, seed)
+    low, high = np.percentile(first - second, [2.5, 97.5]).tolist()
+    return Difference(whole[0] - whole[1], low, high)
+
+
+def _resampled(
+    metric: str, systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]], resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, list[float]]:
+    """Scores of each system on every resample, [systems, resamples], and on all examples."""
     sums, score = _mean_sums(metric) if metric in ("rouge_l", "exact_match") else _corpus_sums(metric)
-    both = np.stack([sums(side, references) for side in (ours, theirs)])
+    all_sums = np.stack([sums(outputs, references) for outputs in systems])
     n, generator = len(references), np.random.default_rng(seed)
-    differences = []
-    for _ in range(resamples):
+    scores = np.empty((len(systems), resamples))
+    for k in range(resamples):
         weight = np.bincount(generator.integers(n, size=n), minlength=n)
-        first, second = weight @ both
-        differences.append(score(first) - score(second))
-    first, second = both.sum(axis=1)
-    low, high = np.percentile(differences, [2.5, 97.5]).tolist()
-    return Difference(score(first) - score(second), low, high)
+        scores[:, k] = [score(total) for total in weight @ all_sums]
+    return scores, [score(total) for total in all_sums.sum(axis=1)]
+
+
+def score_interval(run: Run) -> str:
+    """The 95 % bootstrap interval of a run's primary metric, as text; a dash where it cannot be judged."""
+    metric = run.summary["task"]["primary"]
+    if run.predictions is None or metric not in JUDGED:
+        return "–"
+    scores, _ = _resampled(metric, [[text for text, _ in run.predictions]], [texts for _, texts in run.predictions])
+    low, high = np.percentile(scores[0], [2.5, 97.5])
+    return f"{low:.2f} to {high:.2f}"
 
 
 JUDGED = ("bleu", "bleu_lowercase", "chrf", "rouge_l", "exact_match")
@@ -273,11 +289,10 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
     rows = []
     for run in finetuned:
         own, twin = run.summary["task"], dense_twin(run, runs)
-        low, high = own.get("interval", {}).get(own["primary"]) or (None, None)
         total, times = end_to_end(run, runs), reduction(run, runs)
         rows.append(
             (
-                *(run.name, path_of(run, runs), f"{run.score:.2f}", f"{low:.2f} to {high:.2f}" if low is not None else "–"),
+                *(run.name, path_of(run, runs), f"{run.score:.2f}", score_interval(run)),
                 *(task_difference(run, twin).text(2) if twin else "", _score(own["baseline"], own["primary"])),
                 *(_score(own["scores"], name) for name in others),
                 *(f"{total:.3e}" if total else "–", f"{times:.2f}x" if times else "–", f"{run.seconds:,.0f}"),

@@ -53,8 +53,8 @@ class Task(Config, ABC):
 
 
 def group(pairs: list[tuple[str, str]]) -> list[Example]:
-    """(source, reference) pairs to examples: equal sources become one, repeated references one; in order of first appearance."""
-    references: dict[str, dict[str, None]] = {}
+    """(source, reference) pairs to examples: equal sources become one, in order of first appearance; every pair is kept."""
+    references: dict[str, list[str]] = {}
     for source, reference in pairs:
-        references.setdefault(source, {})[reference] = None
+        references.setdefault(source, []).append(reference)
     return [Example(source, tuple(found)) for source, found in references.items()]

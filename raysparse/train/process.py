@@ -11,21 +11,21 @@ from torch import Tensor
 from raysparse.sparsity.ranks import Ranks
 
 
-def launched() -> tuple[int, int]:
-    """(rank, number of ranks) that torchrun gave this process; (0, 1) where it was started alone."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return 0, 1
+def torchrun_rank() -> tuple[int, int] | None:
+    """(rank, number of ranks) of a process that torchrun started; None of any other."""
+    if not dist.is_torchelastic_launched():
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """A default process group: the one that is there, torchrun's if its variables are set, else one of this process alone."""
+    """A default process group: the one that is there, torchrun's if it started this process, else one of this process alone."""
     if dist.is_initialized():
         yield
         return
     backend = "nccl" if device == "cuda" else "gloo"
-    if launched()[1] > 1:
+    if torchrun_rank() is not None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)

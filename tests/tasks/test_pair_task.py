@@ -27,14 +27,14 @@ def task(tmp_path):
 
 
 def test_equal_sources_are_one_example_with_several_references(task):
-    examples = [Example("name[a]", ("A is a pub.", "A, a pub.")), Example("name[b]", ("B is a bar.",))]
+    examples = [Example("name[a]", ("A is a pub.", "A, a pub.", "A is a pub.")), Example("name[b]", ("B is a bar.",))]
     assert task.examples("train") == examples
     assert task.prompt(examples[0]) == task.baseline(examples[0]) == "name[a]"
 
 
 def test_a_target_may_be_a_list(task):
     lists = task.model_copy(update={"target": "all"})
-    assert [example.references for example in lists.examples("test")] == [("one", "two", "four"), ("three",)]
+    assert [example.references for example in lists.examples("test")] == [("one", "two", "two", "four", "two"), ("three",)]
 
 
 def test_a_source_may_be_a_template(task):

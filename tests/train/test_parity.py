@@ -35,6 +35,13 @@ def test_two_replicas_of_two_shards_are_bit_equal_to_one_rank(alone, tmp_path):
         assert differences(alone, other) == []
 
 
+def test_bfloat16_computation_is_bit_equal(tmp_path):
+    """bfloat16 in the matrix products; weights, moments and sums over ranks are float32."""
+    half = SECTIONS | {"run": SECTIONS["run"] | {"precision": "bfloat16"}, "training": {"length": 8, "sequences": 6, "micro": 3}}
+    (one,) = spawn(run, 1, str(tmp_path / "one"), half, SPARSE)
+    assert differences(one, spawn(run, 2, str(tmp_path / "two"), half, SPARSE)[1]) == []
+
+
 def test_what_was_compared_is_a_sparse_run_with_clipping(alone):
     assert [step for step, _, _ in alone["history"]] == list(range(1, 25))
     assert min(norm for _, _, norm in alone["history"]) > 2 * 0.05  # clip_norm
