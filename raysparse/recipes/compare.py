@@ -109,7 +109,8 @@ def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], 
         "dense": cosine_distances(root / "pretrain-dense" / "export", root / "dense-to-dense" / "export"),
         f"{config.sparsity:.0%} sparse": cosine_distances(root / "pretrain-sparse" / "export", root / "sparse-to-dense" / "export"),
     }
-    command = f"raysparse compare CONFIG run.name={config.run.name} sparsity={config.sparsity}"
+    write_atomically(root / "config.yaml", config.to_yaml())
+    command = f"raysparse compare {config.run.folder}/{config.run.name}/config.yaml run.name={config.run.name}-again"
     write_page(root / "report.html", f"raysparse: {config.sparsity:.0%} sparse against dense", runs, distances, Notes(commands=(command,)))
     write_atomically(root / "table.md", table.markdown() + "\n")
     facts = {

@@ -106,9 +106,11 @@ def _worse_loss(run: Run, twin: Run | None) -> Iterator[str]:
 
 def _worse_score(run: Run, twin: Run | None) -> Iterator[str]:
     task = run.summary["task"]
-    sign, baseline = (-1 if task["primary"] in LOWER_IS_BETTER else 1), task["baseline"].get(task["primary"])
-    if baseline is not None and sign * (run.score - baseline) <= 0:
-        yield f"{run.name} is no better than the baseline of {task['name']}: {run.score:.2f} against {baseline:.2f}."
+    for metric, score in task["scores"].items():
+        baseline, sign = task["baseline"].get(metric), -1 if metric in LOWER_IS_BETTER else 1
+        if baseline is not None and sign * (score - baseline) <= 0:
+            yield f"{run.name} is no better than the baseline of {task['name']} by {metric}: {score:.2f} against {baseline:.2f}."
+    sign = -1 if task["primary"] in LOWER_IS_BETTER else 1
     if twin is not None:
         difference = task_difference(run, twin)
         if sign * difference.value < 0 and not difference.within_noise:

@@ -293,16 +293,19 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
         rows.append(
             (
                 *(run.name, path_of(run, runs), f"{run.score:.2f}", score_interval(run)),
-                *(task_difference(run, twin).text(2) if twin else "", _score(own["baseline"], own["primary"])),
+                task_difference(run, twin).text(2) if twin else "",
                 *(_score(own["scores"], name) for name in others),
                 *(f"{total:.3e}" if total else "–", f"{times:.2f}x" if times else "–", f"{run.seconds:,.0f}"),
             )
         )
-    columns = ("run", "path", task["primary"], "95 %", "vs dense", "baseline", *others, "FLOPs", "reduction", "seconds")
+    columns = ("run", "path", task["primary"], "95 %", "vs dense", *others, "FLOPs", "reduction", "seconds")
     notes = ["FLOPs are counted training FLOPs of pre-training and fine-tuning; reduction is against the dense pair."]
+    baseline = task["baseline"]
+    scores = (_score(baseline, task["primary"]), "", "", *(_score(baseline, name) for name in others))
     notes += _marks(rows, "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
     if any("–" in row[-3:] for row in rows):
         notes.append("–: the pre-training run or the dense pair is not among these runs.")
+    rows.append(("baseline", "no model", *scores, "", "", ""))
     return Block(f"After fine-tuning on {task['name']} ({task['num_examples']:,} examples)", columns, tuple(rows), tuple(notes))
 
 

@@ -196,7 +196,7 @@ def test_page_says_negative_results_plainly(runs, write_run, tmp_path):
         "weak is worse than its dense twin dense: +3.0000 (noise not judged) nats a token",
         "lost diverged",
         "lost has no dense twin here",
-        "fine sparse is no better than the baseline of e2e: 5.00 against 10.00",
+        "fine sparse is no better than the baseline of e2e by bleu: 5.00 against 10.00",
         "fine sparse is worse than its dense pair fine: -55.00 (noise not judged) bleu",
     ):
         assert text in negative
