@@ -182,6 +182,13 @@ def test_a_used_name_with_another_config_is_refused_and_nothing_is_lost(capsys, 
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == before
 
 
+def test_a_file_in_the_place_of_the_run_folder(capsys, config_file, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert cli("pretrain", config_file, f"run.folder={tmp_path / 'file'}") == 2
+    assert "to be a folder that can be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_unknown_option(capsys, config_file):
     with pytest.raises(SystemExit) as end:
         cli("pretrain", config_file, "--locl")

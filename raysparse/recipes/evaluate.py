@@ -11,7 +11,7 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import encode_prompts
 from raysparse.models.build import ModelConfig, architecture, build
-from raysparse.recipes.job import Job, open_job, write_atomically
+from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
 from raysparse.recipes.training import finish
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
@@ -64,6 +64,7 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def open_run(config: EvaluateConfig) -> Job:
+    check_folder("evaluate", config, config.run)
     return open_job("evaluate", config, config.run, check(config))
 
 

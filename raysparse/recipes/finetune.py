@@ -14,12 +14,11 @@ from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
-from raysparse.recipes.job import Job, open_job
+from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.recipes.pretrain import FlopsConfig
 from raysparse.sparsity.topology import Topology, unpack
 from raysparse.tasks import AnyTask
 from raysparse.tasks.generate import GenerationConfig
-from raysparse.train import checkpoint
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
 
@@ -83,10 +82,8 @@ def _check_model(config: FinetuneConfig) -> None:
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
     """Check the config and the model (see `check`), make or reopen the run folder."""
-    prepared = check(config, tokenizer_folder)
-    job = open_job("finetune", config, config.run, prepared)
-    checkpoint.newest(job.path / "checkpoints")
-    return job
+    check_folder("finetune", config, config.run)
+    return open_job("finetune", config, config.run, check(config, tokenizer_folder))
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A job is what travels to the workers: a verb, its checked config and what the driver prepared. Plain data, no tensors."""
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse.config import Config, ConfigError
+from raysparse.train import checkpoint
 from raysparse.train.loop import TrainingError
 from raysparse.train.run import RunConfig
 
@@ -42,28 +44,39 @@ class Job:
         return Path(self.folder)
 
 
-def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any]) -> Job:
-    """Make or reopen the run folder.
+def check_folder(verb: str, config: Config, run: RunConfig) -> None:
+    """Call before anything long: the run folder must be new, or hold this very run.
 
     Raises:
-        ConfigError: the name belongs to a run with another config, or its newest checkpoints are all damaged.
+        ConfigError: the name belongs to a run with another config or to something else, the folder cannot be written, or all
+            of its checkpoints are damaged.
     """
-    folder, identity = run.path, identity_of(config)
-    used = folder / "identity.json"
+    folder, used = run.path, run.path / "identity.json"
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"Expected {folder} to be a folder that can be written. Got {parent}, which cannot. Choose another run.folder.")
     if used.exists():
         try:
             before = json.loads(used.read_text())
         except ValueError as error:
             raise ConfigError(f"Expected JSON in {used}. Got: {error}. Choose another run.name.") from None
-        if (changed := _changed(before, {"verb": verb} | identity)) != []:
+        if changed := _changed(before, {"verb": verb} | identity_of(config)):
             raise ConfigError(
                 f"Expected run.name={run.name} to be new, or its config to be as it was. Got other values of: {', '.join(changed)}. "
                 f"Choose another run.name, go back to that config ({folder / 'config.yaml'}), or delete the folder {folder}."
             )
+        if not (folder / "summary.json").exists():
+            checkpoint.newest(folder / "checkpoints")
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"Expected {folder} to be a raysparse run, or empty. Got other files there. Choose another run.name.")
+
+
+def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any]) -> Job:
+    """Make or reopen the run folder; raises as `check_folder`."""
+    check_folder(verb, config, run)
+    folder = run.path
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(used, json.dumps({"verb": verb} | identity))
+    write_atomically(folder / "identity.json", json.dumps({"verb": verb} | identity_of(config)))
     write_atomically(folder / "config.yaml", config.to_yaml())
     claim = secrets.token_hex(8)
     write_atomically(folder / "claim", claim)

@@ -8,11 +8,10 @@ from raysparse.data.sources import Hub
 from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, TokenFile, TokenValidation, num_windows, prepare
 from raysparse.models.build import architecture, build, select, skeleton
 from raysparse.recipes import training
-from raysparse.recipes.job import Job, open_job
+from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.sparsity.flops import Convention
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
 from raysparse.sparsity.topology import Topology
-from raysparse.train import checkpoint
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
 
@@ -51,10 +50,8 @@ def check(config: PretrainConfig) -> Prepared:
 
 def open_run(config: PretrainConfig) -> Job:
     """Check the config, prepare the data, make or reopen the run folder."""
-    prepared = check(config)
-    job = open_job("pretrain", config, config.run, asdict(prepared))
-    checkpoint.newest(job.path / "checkpoints")
-    return job
+    check_folder("pretrain", config, config.run)
+    return open_job("pretrain", config, config.run, asdict(check(config)))
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         ledger=ledger,
         nnz={} if topology is None else topology.nnz(sharded.ranks),
         checkpointer=checkpointer,
-        meter=Meter(job.path, config.logging, enabled=run.rank == 0),
+        meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
         run=run,
         guard=lambda: check_claim(job),
     )
@@ -202,7 +202,7 @@ def summarize(
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
-    peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([t.sharded.wire.bytes_sent])
+    peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([state.bytes_sent])
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
     return {

@@ -25,15 +25,19 @@ class LoggingConfig(Config):
 
 
 class Meter:
-    """Rank 0's pen: appends records to ``metrics.jsonl`` and TensorBoard in the run folder; other ranks write nothing."""
+    """Rank 0's pen: appends records to ``metrics.jsonl`` and TensorBoard in the run folder; other ranks write nothing.
 
-    def __init__(self, folder: Path, config: LoggingConfig, enabled: bool):
+    Args:
+        step: the run goes on after this one; what TensorBoard holds of later ones, from an attempt that died, is dropped.
+    """
+
+    def __init__(self, folder: Path, config: LoggingConfig, step: int, enabled: bool):
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
         self._board = None
         if enabled and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: Mapping[str, Any], tags: Mapping[str, float]) -> None:
         """One metrics.jsonl line, and one TensorBoard point for each tag at the record's step."""
