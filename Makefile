@@ -31,8 +31,9 @@ format: $(VENV)/installed-dev ## format the code
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python -m benchmarks.step --rounds 15 --out benchmarks/results
+	$(BIN)/python -m benchmarks.masks --out benchmarks/results
+	$(BIN)/python -m benchmarks.startup --runs 5 --out benchmarks/results
 
 clean: ## remove .venv and build leftovers; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ from raysparse.train.loop import Training
 def measure(folder: Path, size: Size) -> dict[str, Any]:
     """Sizes of a 75 % sparse model on the default process group; every rank calls this, rank 0's result has the files."""
     rank = dist.get_rank()
-    t = assemble(folder / str(rank), size, 0.75, "fsdp2")
+    t = assemble(folder / str(rank), size, 0.75)
     assert t.topology is not None
     masked, dense = (_save(folder / name, t, topology) for name, topology in (("masked", t.topology), ("dense", None)))
     stored = dcp.FileSystemReader(str(masked)).read_metadata().state_dict_metadata

@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from raysparse.config import Config, ConfigError, load, merge, parse_override, read_yaml
@@ -26,12 +27,22 @@ HELP = {
                  "Hugging Face model."),
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
-    "evaluate": ("score a model on a task", "Every worker answers its share of the examples; outputs.jsonl keeps the answers."),
+    "evaluate": ("score a model on a task", "Every worker answers its share of the examples; predictions.jsonl keeps the answers."),
     "export": ("turn a run's checkpoint into a Hugging Face folder", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
                "AutoModelForCausalLM.from_pretrained loads the result."),
     "compare": ("pre-train a dense twin and a sparse model, fine-tune both, compare", "Runs all stages in one worker group and ends "
                 "with a table and report.html."),
 }  # fmt: skip
+
+
+EXAMPLES = {
+    "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
+    "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
+    "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
+    "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
+    "export": "run=runs/tiny to=models/tiny",
+    "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words += rest  # overrides after an option
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        files = [word for word in args.words if "=" not in word]
-        overrides = [word for word in args.words if "=" in word]
+        files = [word for word in args.words if "=" not in word or Path(word).is_file()]
+        overrides = [word for word in args.words if word not in files]
         if args.keys:
             print(_keys(_config_type(args.verb, files, overrides)))
             return 0
@@ -140,7 +151,7 @@ def _assist(config: Any, args: argparse.Namespace) -> int:
 
 
 def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Config]:
-    """The verb's config; `plan` takes the config of any training verb and tells them apart by their keys."""
+    """The verb's config; `plan` takes pre-training configs."""
     from raysparse.recipes import CONFIGS
 
     if verb != "plan":
@@ -159,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, (short, text) in HELP.items():
         epilog = (
-            f"examples:\n  raysparse {verb} CONFIG.yaml sparsity.target=0.75 run.workers=2\n"
+            f"example:\n  raysparse {verb} {EXAMPLES[verb]}\n"
             f"  raysparse {verb} --keys          every key, its default and what it does\n\n"
             "CONFIG files merge left to right, overrides after them; values are YAML. An override that names a `type`\n"
             "replaces the whole section: sparsity.distribution.type=er."

@@ -8,7 +8,7 @@ variables and no interpolation: what ``raysparse plan`` prints is all there is.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -23,10 +23,10 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Base of every config: immutable, complete, and an unknown key is an error.
 
-    The docstring under a field is its help text; ``raysparse VERB --help`` prints it.
+    The docstring under a field is its help text; ``raysparse VERB --keys`` prints it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the config's canonical JSON: equal configs, equal digests, on any machine."""
@@ -46,7 +46,7 @@ class Config(BaseModel):
             raise ConfigError(
                 f"Expected a valid {cls.__name__}. Got {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
                 + "\n".join(f"  {problem}" for problem in problems)
-                + "\nCorrect these keys; `raysparse plan CONFIG` prints the resolved config."
+                + "\nCorrect these keys; `raysparse VERB --keys` explains every key."
             ) from None
 
 
@@ -114,6 +114,18 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = merge({}, value) if isinstance(value, Mapping) else value
     return merged
+
+
+def together(*checks: Callable[[], Any]) -> None:
+    """Call independent checks; raise one `ConfigError` that says what all of them found."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _describe(problem: Any, values: Any) -> str:

@@ -35,9 +35,11 @@ def test_step_compares_contestants_that_compute_the_same(tmp_path, capsys):
     (result,) = tmp_path.glob("step_*.json")
     facts = json.loads(result.read_text())
     (one,) = facts["sizes"]
-    assert one["sparsity_0_is_bit_equal"]
+    assert one["largest_weight_difference"]["no sparsity code"] == 0
+    assert one["largest_weight_difference"]["dense, FSDP2"] == 0
+    assert one["largest_weight_difference"]["bare PyTorch"] < 1e-4  # the learning rate: a gradient near 0 may change its sign
     assert {len(times) for times in one["cpu_seconds"].values()} == {3}
-    missed = [row["what"] for row in one["ratios"] if row["ratio"]["median"] > row["at_most"]]
+    missed = [row["what"] for row in one["ratios"] if row["at_most"] and row["ratio"]["median"] > row["at_most"]]
     assert status == bool(missed)
     text = result.with_suffix(".md").read_text()
     assert text.count("MISSED") == len(missed)

@@ -11,8 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from raysparse.__main__ import main
-from raysparse.config import merge
+from raysparse.__main__ import EXAMPLES, main
+from raysparse.config import load, merge
+from raysparse.recipes import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,18 +119,57 @@ def test_a_local_run_from_pretraining_to_export(capsys, config_file, pretrain_va
 
 
 def test_exported_logits_are_bit_equal(config_file, pretrain_values):
-    """from_pretrained of the export against the trained weights put into transformers' own class by hand."""
-    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+    """from_pretrained of the export against the model in training, its weights taken from the checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForCausalLM
+
+    from raysparse.models.build import ModelConfig, build
+    from raysparse.train.checkpoint import newest
+    from raysparse.train.process import process_group
 
     cli("pretrain", config_file, "--local")
-    folder = Path(pretrain_values["run"]["folder"]) / "tiny" / "export"
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours = GPT2LMHeadModel(loaded.config).eval()
-    ours.load_state_dict(load_file(str(folder / "model.safetensors")), strict=False)
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny"
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    ours = build(ModelConfig.check(pretrain_values["model"]), 99, loaded.config.vocab_size, 16).eval()
+    state = {f"model/{name}": parameter.detach() for name, parameter in ours.named_parameters()}
+    with process_group("cpu"):
+        dcp.load(state, checkpoint_id=str(newest(folder / "checkpoints")))
     ids = torch.arange(48).view(3, 16)
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        assert torch.equal(loaded(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits)
+        assert torch.equal(loaded(ids, attention_mask=mask).logits, ours(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("verb", list(EXAMPLES))
+def test_the_examples_of_the_help_are_configs(verb, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = EXAMPLES[verb].split()
+    files, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    load(CONFIGS["pretrain" if verb == "plan" else verb], files, overrides)
+
+
+def test_changed_data_is_not_the_same_run(capsys, config_file, corpus, pretrain_values, tmp_path):
+    copy = tmp_path / "docs.jsonl"
+    copy.write_text(corpus.read_text())
+    words = ("pretrain", config_file, "--local", f"data.train.paths=[{copy}]")
+    assert cli(*words) == 0
+    copy.write_text(corpus.read_text().replace("dead", "gone"))
+    capsys.readouterr()
+    assert cli(*words) == 2
+    assert "Got other content of: tokens" in capsys.readouterr().err
+
+
+def test_independent_errors_come_together(capsys, config_file):
+    assert cli("pretrain", config_file, "run.workers=3", "data.train.paths=[nowhere.jsonl]", "sparsity.include=[nothing.*]") == 2
+    message = capsys.readouterr().err
+    for part in ("3 workers", "nowhere.jsonl", "nothing.*"):
+        assert part in message
+
+
+def test_an_unreachable_cluster_is_said_at_once(capsys, config_file, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert cli("pretrain", config_file) == 2
+    assert "Expected a Ray cluster at RAY_ADDRESS=127.0.0.1:1" in capsys.readouterr().err
 
 
 #                        override                                  what the message says

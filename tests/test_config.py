@@ -114,7 +114,7 @@ def test_every_problem_in_one_error():
         "  sparsity.levels.head: Input should be a valid number, unable to parse string as a number (got 'x')\n"
         "  sparsity.densty: no such key\n"
         "  nam: no such key\n"
-        "Correct these keys; `raysparse plan CONFIG` prints the resolved config."
+        "Correct these keys; `raysparse VERB --keys` explains every key."
     )
 
 
@@ -125,7 +125,7 @@ def test_one_problem_and_an_unknown_type():
         "Expected a valid Outer. Got 1 problem:\n"
         "  sparsity.shape: Input tag 'evn' found using 'type' does not match any of the expected tags: 'even', 'odd' "
         "(got {'type': 'evn'})\n"
-        "Correct these keys; `raysparse plan CONFIG` prints the resolved config."
+        "Correct these keys; `raysparse VERB --keys` explains every key."
     )
 
 

@@ -153,4 +153,6 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Ids without special tokens; a special token written in a text is text."""
+    if not texts:
+        return []
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

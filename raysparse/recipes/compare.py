@@ -15,6 +15,7 @@ from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import Job, write_atomically
 from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.training import check_sizes
 from raysparse.sparsity.plan import Sparsity
 from raysparse.train.run import RunConfig
 
@@ -50,10 +51,27 @@ def compare(config: CompareConfig, launch: Launch) -> tuple[dict[str, Any], str]
 
 def dry_run(config: CompareConfig) -> dict[str, Any]:
     """Check the configs of all stages; nothing is tokenized or written."""
-    stages = pretrain_configs(config)
-    return {name: pretrain.dry_run(stage) for name, stage in stages.items()} | {
-        name: stage.model_dump(mode="json") for name, stage in finetune_configs(config).items()
-    }
+    twins, tuned = check(config)
+    facts = {name: pretrain.dry_run(stage) for name, stage in twins.items()}
+    return facts | {name: stage.model_dump(mode="json") for name, stage in tuned.items()}
+
+
+def check(config: CompareConfig) -> tuple[dict[str, PretrainConfig], dict[str, FinetuneConfig]]:
+    """The configs of all stages, before anything is written; raises a `ConfigError` for stages that do not fit."""
+    if config.sparsity == 0:
+        raise ConfigError("Expected a sparsity above 0 to compare with the dense twin. Got 0. Example: sparsity=0.75")
+    if (config.run.path / "identity.json").exists():
+        raise ConfigError(f"Expected {config.run.path} to be new or a comparison. Got a run of another verb. Choose another run.name.")
+    twins, tuned = pretrain_configs(config), finetune_configs(config)
+    context = twins["pretrain-dense"].data.context
+    for stage in tuned.values():
+        check_sizes(stage)
+        if stage.context > context or stage.generation.max_new_tokens >= stage.context:
+            raise ConfigError(
+                f"Expected finetune's context of at most {context} tokens, which pre-training has, with room for "
+                f"generation.max_new_tokens. Got {stage.context} and {stage.generation.max_new_tokens}. Change finetune.set."
+            )
+    return twins, tuned
 
 
 def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
@@ -81,22 +99,14 @@ def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
 
 def open_runs(config: CompareConfig) -> list[Job]:
     """The jobs of all stages, everything checked that can be checked before the first one has run."""
-    if config.sparsity == 0:
-        raise ConfigError("Expected a sparsity above 0 to compare with the dense twin. Got 0. Example: sparsity=0.75")
-    twins, tuned = pretrain_configs(config), finetune_configs(config)
+    twins, tuned = check(config)
     jobs = [pretrain.open_run(stage) for stage in twins.values()]
     tokenizer = jobs[0].prepared["tokenizer"]
-    longest = max(stage.context for stage in tuned.values())
-    if longest > next(iter(twins.values())).data.context:
-        raise ConfigError(
-            f"Expected finetune's context to fit the pre-trained model. Got {longest} tokens, "
-            f"pre-training has {next(iter(twins.values())).data.context}. Lower finetune.set.context."
-        )
     return jobs + [finetune.open_run(stage, tokenizer) for stage in tuned.values()]
 
 
 def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], str]:
-    """Write ``report.html``, ``table.md`` and ``comparison.json`` into the run folder; returns the facts and the table."""
+    """Write ``report.html`` and ``table.md`` into the run folder; returns the facts and the table."""
     from raysparse.report import read_run
     from raysparse.report.distance import cosine_distances
     from raysparse.report.page import Notes, write_page

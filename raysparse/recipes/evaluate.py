@@ -1,6 +1,7 @@
 """Score a model on a task: every rank answers its share of the examples, rank 0 scores all and keeps them beside the answers."""
 
 import json
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import encode_prompts
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
-from raysparse.recipes.training import finish
+from raysparse.recipes.training import finish, header, write_environment
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
 from raysparse.tasks.generate import GenerationConfig, generate
 from raysparse.tasks.metrics import score
+from raysparse.train.checkpoint import crc32
 from raysparse.train.run import Run, RunConfig, resolve_device
 
 PREDICTIONS = "predictions.jsonl"
@@ -60,36 +62,45 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         config.context,
         config.generation.max_new_tokens,
     )
-    return {"examples": str(store_examples(config.task, config.cache_dir)), "model": folder}
+    examples = str(store_examples(config.task, config.cache_dir))
+    return {"examples": examples, "model": folder, "content": {"examples": Path(examples).stem, "model": weights_digest(folder)}}
 
 
 def open_run(config: EvaluateConfig) -> Job:
     check_folder("evaluate", config, config.run)
-    return open_job("evaluate", config, config.run, check(config))
+    prepared = check(config)
+    return open_job("evaluate", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: EvaluateConfig) -> dict[str, Any]:
+    check_folder("evaluate", config, config.run)
     return check(config)
 
 
 def work(job: Job, run: Run) -> dict[str, Any]:
     """Answer this rank's share; returns the scores."""
     config = EvaluateConfig.check(job.config)
+    began, device = time.perf_counter(), resolve_device(config.run)
+    if run.rank == 0:
+        write_environment(job.path, config.run)
     examples = load_examples(Path(job.prepared["examples"]))[config.evaluation.split]
-    scores = score_model(job.prepared["model"], job.path, config.task, examples, config.context, config.generation, config.evaluation, run)
-    summary = {"verb": "evaluate", "name": job.path.name, "model": {"path": job.prepared["model"]}, "task": scores}
+    scores = score_model(
+        job.prepared["model"], job.path, config.task, examples, config.context, config.generation, config.evaluation, run, device
+    )
+    summary = header(job, config, run) | {"model": {"path": job.prepared["model"]}, "task": scores}
+    summary |= {"seconds": time.perf_counter() - began}
     return finish(job, run, summary)
 
 
 def score_model(
     model_folder: str | Path, out: Path, task: Any, examples: list[Example], context: int, generation: GenerationConfig,
-    evaluation: EvaluationConfig, run: Run,
+    evaluation: EvaluationConfig, run: Run, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`."""
     examples = examples[: evaluation.max_examples]
     tokenizer = load_tokenizer(model_folder)
     model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context)
-    model.to(resolve_device(RunConfig()))  # pyrefly: ignore
+    model.to(device)  # pyrefly: ignore
     model.config.use_cache = True
     mine = list(range(run.rank, len(examples), run.world_size))
     prompts = encode_prompts([examples[i] for i in mine], tokenizer, task, context, generation.max_new_tokens)
@@ -119,10 +130,16 @@ def model_folder(path: str) -> str:
     """A finished run stands for the model that it exported; anything else is left as it is."""
     folder = Path(path).expanduser()
     if (folder / "identity.json").exists():
-        if not (folder / "export" / "config.json").exists():
+        if not ((folder / "export" / "config.json").exists() and (folder / "summary.json").exists()):
             raise ConfigError(f"Expected {path} to be a finished run. Got one without an exported model. Finish it: run its command again.")
         return str((folder / "export").absolute())
     return str(folder.absolute()) if folder.exists() else path
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Names the weights in a local model folder, by the CRC-32 of their files; a hub name stands for itself."""
+    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin"))
+    return " ".join(f"{file.name}:{crc32(file):08x}" for file in files) or str(folder)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

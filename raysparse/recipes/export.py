@@ -58,6 +58,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     from transformers import AutoConfig
 
     path, facts = check(config)
+    if config.step == 0 and facts["patience"] and (best := path.with_name(f"step_{_best_step(path):08d}")).exists():
+        path = best  # what an early-stopped run went back to
     stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
     wanted = ("model/", "mask/")
     state = {
@@ -72,6 +74,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
     step = int(path.name.removeprefix("step_"))
     write_model(Path(config.to), weights, masks, hf_config, facts["tokenizer"], {"run": Path(config.run).name, "step": step})
     return {"checkpoint": str(path), "to": config.to, "parameters": sum(w.numel() for w in weights.values()), "step": step}
+
+
+def _best_step(path: Path) -> int:
+    """The step that had validated best when a checkpoint was written."""
+    state = {"extra": ""}
+    with process_group("cpu"):
+        dcp.load(state, checkpoint_id=str(path))
+    return json.loads(state["extra"])["state"]["best_step"]
 
 
 def write_model(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raysparse.config import Config, ConfigError
-from raysparse.data.pairs import PairFeed, PairRows, PairValidation
+from raysparse.data.pairs import PairFeed, PairRows, PairValidation, encode_prompts
 from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
@@ -51,7 +51,8 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
         tokenizer_folder: of a model that an earlier stage of the same group will have trained by then.
     """
     training.check_sizes(config)
-    if tokenizer_folder is None:
+    pending = tokenizer_folder is not None
+    if not pending:
         config = with_model_folder(config)
         _check_model(config)
         tokenizer_folder = config.model.path
@@ -60,8 +61,13 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     splits = evaluate.examples_of(config.task)
     rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
+    first, generation = splits[config.evaluation.split][:1], config.generation
+    encode_prompts(first, tokenizer, config.task, config.context, generation.max_new_tokens)
+    examples = str(evaluate.store_examples(config.task, config.cache_dir))
+    weights = "of an earlier stage" if pending else evaluate.weights_digest(tokenizer_folder)
     return {
-        "examples": str(evaluate.store_examples(config.task, config.cache_dir)),
+        "examples": examples,
+        "content": {"examples": Path(examples).stem, "model": weights},
         "num_pairs": len(rows),
         "num_truncated": rows.num_truncated,
         "num_truncated_targets": rows.num_truncated_targets,
@@ -83,10 +89,12 @@ def _check_model(config: FinetuneConfig) -> None:
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
     """Check the config and the model (see `check`), make or reopen the run folder."""
     check_folder("finetune", config, config.run)
-    return open_job("finetune", config, config.run, check(config, tokenizer_folder))
+    prepared = check(config, tokenizer_folder)
+    return open_job("finetune", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
+    check_folder("finetune", config, config.run)
     return check(config)
 
 
@@ -133,6 +141,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         config.generation,
         config.evaluation,
         run,
+        device,
     )
     return training.finish(job, run, summary | {"task": scores})
 

@@ -71,16 +71,34 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
         raise ConfigError(f"Expected {folder} to be a raysparse run, or empty. Got other files there. Choose another run.name.")
 
 
-def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any]) -> Job:
-    """Make or reopen the run folder; raises as `check_folder`."""
+def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any], content: Mapping[str, str] | None = None) -> Job:
+    """Make or reopen the run folder; a finished run's is left as it is.
+
+    Args:
+        prepared: what the workers need to know.
+        content: names the data and weights that the run reads, so that other ones are not taken for the same run.
+
+    Raises:
+        ConfigError: as `check_folder`, or a run of this name has read other content.
+    """
     check_folder(verb, config, run)
-    folder = run.path
+    folder, content = run.path, dict(content or {})
     folder.mkdir(parents=True, exist_ok=True)
+    used = folder / "content.json"
+    before = json.loads(used.read_text()) if used.exists() else content
+    if before != content:
+        raise ConfigError(
+            f"Expected run.name={run.name} to read what it read before. Got other content of: {', '.join(_changed(before, content))} "
+            "(the config is the same, the files are not). Choose another run.name, or restore the files."
+        )
+    job = Job(verb, config.model_dump(mode="json"), dict(prepared), str(folder), secrets.token_hex(8))
+    if finished(job) is not None:
+        return job
+    write_atomically(used, json.dumps(content))
     write_atomically(folder / "identity.json", json.dumps({"verb": verb} | identity_of(config)))
     write_atomically(folder / "config.yaml", config.to_yaml())
-    claim = secrets.token_hex(8)
-    write_atomically(folder / "claim", claim)
-    return Job(verb, config.model_dump(mode="json"), dict(prepared), str(folder), claim)
+    write_atomically(folder / "claim", job.claim)
+    return job
 
 
 def check_claim(job: Job) -> None:

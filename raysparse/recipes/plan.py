@@ -9,7 +9,6 @@ import torch
 
 from raysparse.models.build import blocks, flops_architecture, skeleton
 from raysparse.recipes import training
-from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.pretrain import PretrainConfig, plan_of
 from raysparse.sparsity.flops import savings
 from raysparse.sparsity.plan import SparsityPlan
@@ -124,7 +123,7 @@ def estimate_bytes_sent(config: PretrainConfig, model: Any, dtype: torch.dtype) 
     return (gathers + reduced) * (shards - 1) // shards + 2 * (reduced // shards) * (replicas - 1) // replicas
 
 
-def show(facts: Mapping[str, Any], config: PretrainConfig | FinetuneConfig) -> str:
+def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
     """The facts as a page of text."""
     lines = ["# The resolved config", config.to_yaml()]
     sparsity, flops = facts["sparsity"], facts["flops"]

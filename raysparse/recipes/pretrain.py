@@ -1,12 +1,13 @@
 """Pre-train a model from scratch (or go on from one) on a stream of text, dense or with static masks."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from raysparse.config import Config
+from raysparse.config import Config, together
 from raysparse.data.sources import Hub
 from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, TokenFile, TokenValidation, num_windows, prepare
-from raysparse.models.build import architecture, build, select, skeleton
+from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
 from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.sparsity.flops import Convention
@@ -40,9 +41,13 @@ def plan_of(config: PretrainConfig, model: Any) -> SparsityPlan:
 
 def check(config: PretrainConfig) -> Prepared:
     """Everything that can be wrong, found on the driver before any worker starts; tokenizes the data (cached)."""
-    training.check_sizes(config)
-    training.pace(config, config.training.sequences * config.data.context, None)
-    architecture(config.model, None, config.data.context)
+    vocab_size = getattr(config.data.tokenizer, "vocab_size", None)
+    together(
+        lambda: training.check_sizes(config),
+        lambda: training.pace(config, config.training.sequences * config.data.context, None),
+        lambda: plan_of(config, skeleton(config.model, vocab_size, config.data.context)),
+        lambda: check_sources(config),
+    )
     prepared = prepare(config.data)
     plan_of(config, skeleton(config.model, prepared.vocab_size, config.data.context))
     return prepared
@@ -51,18 +56,26 @@ def check(config: PretrainConfig) -> Prepared:
 def open_run(config: PretrainConfig) -> Job:
     """Check the config, prepare the data, make or reopen the run folder."""
     check_folder("pretrain", config, config.run)
-    return open_job("pretrain", config, config.run, asdict(check(config)))
+    prepared = check(config)
+    content = {"tokens": Path(prepared.train).parent.parent.name}
+    return open_job("pretrain", config, config.run, asdict(prepared), content)
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
     """Check what can be checked without tokenizing: the config, the model, the presence of local data."""
     from raysparse.recipes.plan import plan
 
+    check_folder("pretrain", config, config.run)
     facts = plan(config)
+    check_sources(config)
+    return facts
+
+
+def check_sources(config: PretrainConfig) -> None:
+    """Local data must be there; the hub is not asked."""
     for source in (config.data.train, config.data.validation):
         if not isinstance(source, Holdout | Hub):
             source.fingerprint()
-    return facts
 
 
 def work(job: Job, run: Run) -> dict[str, Any]:

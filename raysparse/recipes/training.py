@@ -172,7 +172,11 @@ def carry_out(
     forget_peak_memory()
     if run.rank == 0:
         write_environment(job.path, config.run)
-        facts_for_export = {"hf_config": parts.model.config.to_dict(), "tokenizer": tokenizer}
+        facts_for_export = {
+            "hf_config": parts.model.config.to_dict(),
+            "tokenizer": tokenizer,
+            "patience": config.training.patience,
+        }
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     state = train(t, state)
@@ -205,13 +209,10 @@ def summarize(
     peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([state.bytes_sent])
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    return {
-        "raysparse": __version__,
-        "verb": job.verb,
-        "name": job.path.name,
-        "config_digest": config.digest(),
+    return header(job, config, t.run) | {
         "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters},
-        "loss": state.losses | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step},
+        "loss": state.losses
+        | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step if t.config.patience else state.step},
         "sparsity": {
             "target": actual if target is None else target,
             "actual": actual,
@@ -231,7 +232,17 @@ def summarize(
         "tokens_per_s": state.tokens / max(1e-9, state.seconds),
         "bytes_sent": int(sent),
         "peak_memory_bytes": int(peak),
-        "workers": t.run.world_size,
+    }
+
+
+def header(job: Job, config: Config, run: Run) -> dict[str, Any]:
+    """What every summary begins with."""
+    return {
+        "raysparse": __version__,
+        "verb": job.verb,
+        "name": job.path.name,
+        "config_digest": config.digest(),
+        "workers": run.world_size,
         "versions": versions(),
     }
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -68,7 +69,8 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
 
 def _start(ray: Any, run: RunConfig) -> None:
     """Join the cluster of RAY_ADDRESS, else start one in this machine that ends with this process."""
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
         ray.init(logging_level="WARNING", log_to_driver=False, namespace="raysparse")
         return
     cpus = max(run.workers * run.threads, os.cpu_count() or 1) + 1  # logical; two ranks on one core are slow, not wrong
@@ -80,6 +82,20 @@ def _start(ray: Any, run: RunConfig) -> None:
         log_to_driver=False,
         namespace="raysparse",
     )
+
+
+def _check_address(address: str) -> None:
+    """Ray would retry for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a Ray cluster at RAY_ADDRESS={address}. Got: {error}. "
+            "Start it (ray start --head), correct the address, or unset RAY_ADDRESS to use this machine."
+        ) from None
 
 
 def _check_resources(ray: Any, run: RunConfig) -> None:
@@ -120,11 +136,13 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
                 storage_path=str(run.path.parent),
                 failure_config=api.FailureConfig(max_failures=run.max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=None),  # raysparse deletes its own, in all runtimes alike
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(run.threads)}},
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(run.threads)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})},
             ),
         )
         try:
             result = trainer.fit().return_value
+        except SystemExit:  # Ray Train's handler of Ctrl-C
+            raise KeyboardInterrupt from None
         except ControllerError as error:  # a group that could not start; Train itself does not try again
             if attempt == run.max_failures:
                 raise

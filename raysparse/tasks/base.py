@@ -28,7 +28,7 @@ class Task(Config, ABC):
     separator: str = "\n=> "
     """Text between the prompt and the answer; it survives when a long prompt is cut. May be a special token of the tokenizer."""
     metrics: tuple[MetricName, ...] = Field(("bleu", "chrf", "rouge_l"), min_length=1)
-    """Scores to report, all from 0 to 100; the first is the primary one, that early stopping and searches compare."""
+    """Scores to report, all from 0 to 100; the first is the primary one, that comparisons judge."""
 
     @abstractmethod
     def examples(self, split: Split) -> list[Example]:

@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,8 @@ class Checkpointer:
     def __init__(self, folder: Path, config: CheckpointConfig, sharded: Sharded, optimizer: Optimizer, topology: Topology | None):
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # its own: it never mixes with the training's
+        # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Any] | None = None
 
@@ -145,7 +147,7 @@ class Checkpointer:
             written.result()
         if dist.get_rank() != 0:
             return
-        files = {file.name: [file.stat().st_size, _crc(file)] for file in sorted(path.iterdir())}
+        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
         partial = path / f"{MARKER}.partial"
         partial.write_text(json.dumps({"files": files}))
         partial.rename(path / MARKER)
@@ -172,7 +174,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _crc(file) != crc:
+        if crc32(file) != crc:
             return f"{name} has another checksum than when it was written"
     return None
 
@@ -198,7 +200,8 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def _crc(file: Path) -> int:
+def crc32(file: Path) -> int:
+    """Of a whole file."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -1,7 +1,7 @@
 """AdamW, its learning-rate schedule, and the order of one masked step."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,13 +12,15 @@ from raysparse.config import Config
 from raysparse.train.length import Length
 from raysparse.train.shard import Sharded
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Config):
     """AdamW (Loshchilov & Hutter 2019). Matrices and embeddings decay; norms and biases do not."""
 
     lr: float = Field(6e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)

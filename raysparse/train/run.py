@@ -19,7 +19,7 @@ class RunConfig(Config):
     """Folder of the run below `folder`, and its name on the cluster."""
     folder: str = "runs"
     """Where runs are kept; on several nodes a path that all of them share."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Masks, initial weights and data order are functions of it."""
     workers: int = Field(1, ge=1)
     """Ray Train workers, one process and (on CUDA) one GPU each. Divides training.sequences."""

@@ -29,7 +29,12 @@ def test_a_new_run(tmp_path):
     assert PretrainConfig.check(job.config) == settings
     assert json.loads(json.dumps(job.config)) == job.config  # plain data: it travels
     assert (job.path / "config.yaml").read_text() == settings.to_yaml()
-    assert sorted(file.name for file in job.path.iterdir()) == ["claim", "config.yaml", "identity.json"]  # nothing half-written
+    assert sorted(file.name for file in job.path.iterdir()) == [
+        "claim",
+        "config.yaml",
+        "content.json",
+        "identity.json",
+    ]  # nothing half-written
     check_claim(job)
 
 

@@ -67,14 +67,14 @@ def test_one_worker_equals_this_process(ray_instance, pretrain_values, tmp_path)
 
 
 def test_a_killed_worker_changes_nothing(ray_instance, pretrain_values):
-    longer = {"training": {"length": 400, "validate_every": 400}, "checkpoint": {"every": 50}, "logging": {"every": 10}}
+    longer = {"training": {"length": 240, "validate_every": 240}, "checkpoint": {"every": 40}, "logging": {"every": 10}}
     calm = config(pretrain_values, run={"name": "calm", "workers": 2}, **longer)
     killed = config(pretrain_values, run={"name": "killed", "workers": 2}, **longer)
     jobs = pretrain.open_run(calm), pretrain.open_run(killed)
     quiet = Console(io.StringIO())
     (a,) = launch([jobs[0]], calm.run, quiet)
     victim: list[int] = []
-    Thread(target=_kill_rank_1_at, args=(jobs[1], 120, victim), daemon=True).start()
+    Thread(target=_kill_rank_1_at, args=(jobs[1], 90, victim), daemon=True).start()
     (b,) = launch([jobs[1]], killed.run, quiet)
     assert victim, "the worker ended before it could be killed"
     shown = (killed.run.path / "progress.jsonl").read_text()
@@ -84,7 +84,7 @@ def test_a_killed_worker_changes_nothing(ray_instance, pretrain_values):
     assert a["flops"] == b["flops"]
     assert a["tokens"] == b["tokens"]
     steps = [json.loads(line)["step"] for line in (jobs[1].path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert steps == list(range(10, 401, 10))
+    assert steps == list(range(10, 241, 10))
 
 
 def _kill_rank_1_at(job: Job, step: int, victim: list[int]) -> None:
@@ -110,7 +110,7 @@ def test_more_workers_than_the_cluster_holds(ray_instance, pretrain_values):
 @pytest.mark.slow
 def test_rerunning_after_the_driver_died_resumes(pretrain_values, tmp_path):
     """The whole command as a user types it: killed with SIGKILL in mid-run, typed again, equal to one that was left alone."""
-    longer = {"training": {"length": 2000, "validate_every": 1000}, "checkpoint": {"every": 100}, "logging": {"every": 20}}
+    longer = {"training": {"length": 600, "validate_every": 300}, "checkpoint": {"every": 50}, "logging": {"every": 20}}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(merge(pretrain_values, longer)))
     command = [sys.executable, "-m", "raysparse", "pretrain", str(file), "run.workers=2", "--json"]

@@ -85,6 +85,12 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
     return training.assemble(job, settings, LocalRun(quiet), parts)
 
 
+def masks_of(t: Training) -> dict[str, torch.Tensor]:
+    """This rank's rows of the masks of a sparse run."""
+    assert t.topology is not None
+    return t.topology.masks
+
+
 def snapshot(t: Training) -> dict[str, Any]:
     """What must not depend on the number of ranks: whole weights, moments and masks as tensors, and the mask digest."""
     result: dict[str, Any] = {f"model/{name}": t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}

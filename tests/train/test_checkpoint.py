@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from raysparse.config import ConfigError
 from raysparse.train import checkpoint, loop
 from raysparse.train.checkpoint import MARKER, committed, damage, newest
+from raysparse.train.loop import Training
 from tests.ranks import spawn
 from tests.train.steps import SPARSE, Died, assemble, differences, run, snapshot
 
@@ -66,6 +68,18 @@ def test_saved_on_two_ranks_goes_on_bit_equal_on_others(alone, halfway, tmp_path
         assert differences(alone, other) == []
 
 
+def masks_after_loading(folder: str) -> tuple[str, dict]:
+    """Of a run whose own masks, drawn from another seed, are others."""
+    t, _ = assemble(folder, PARITY | THIN | {"run": {"name": "steps", "seed": 4, "parity": True}}, SPARSE)
+    return snapshot(t)["digest"], dict(t.nnz)
+
+
+def test_masks_come_from_the_checkpoint(alone, halfway):
+    for digest, nnz in spawn(masks_after_loading, 3, str(halfway)):
+        assert digest == alone["digest"]
+        assert nnz == alone["nnz"]
+
+
 # --- what lies in the folder ------------------------------------------------------------------------------------------
 
 
@@ -82,10 +96,14 @@ def test_keep_is_honoured(finished):
     assert sorted((folder / "checkpoints").iterdir()) == committed(folder / "checkpoints")
 
 
+def of_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def test_masks_are_stored_in_one_bit_a_weight(finished):
     folder, end = finished
     metadata = dcp.FileSystemReader(folder / "checkpoints" / "step_00000024").read_metadata()
-    stored = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith("mask/")}
+    stored = {key: entry for key, entry in of_tensors(metadata).items() if key.startswith("mask/")}
     assert [key.removeprefix("mask/") for key in stored] == list(end["nnz"])
     bits = bools = 0
     for key, entry in stored.items():
@@ -111,7 +129,7 @@ def test_marker_knows_every_file(finished):
 def unmarked(folder: str) -> dict:
     """A process that ends when everything is written but the marker."""
 
-    def die(_: Path) -> int:
+    def die(file: Path) -> int:
         raise Died
 
     checkpoint._crc = die
@@ -266,8 +284,8 @@ def late(folder: str) -> None:
 
 
 def tensors(path: Path) -> dict:
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items() if key != "extra"}
+    entries = of_tensors(dcp.FileSystemReader(path).read_metadata())
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
@@ -292,7 +310,9 @@ def stopped_early(folder: str, die_in: int) -> dict:
     """Validation losses by the book: the best at step 4, two worse ones, and the run ends in step 12."""
     t, state = assemble(folder, {"training": {"length": 24, "sequences": 6, "validate_every": 4, "patience": 2}} | every(2, keep=1), SPARSE)
     losses, at = {4: 3.0, 8: 3.5, 12: 3.2}, {}
-    loop.validate = lambda _: (losses[state.step], 0.1)
+
+    def validate(t: Training) -> tuple[float, float]:
+        return losses[state.step], 0.1
 
     def look(*_) -> None:
         at[state.step] = snapshot(t)
@@ -300,6 +320,7 @@ def stopped_early(folder: str, die_in: int) -> dict:
             t.checkpointer.wait()
             raise Died
 
+    loop.validate = validate
     t.optimizer.register_step_pre_hook(look)
     try:
         state = loop.train(t, state)

@@ -1,9 +1,11 @@
 """Every kind of sharding trains the same sparse model; bytes on the wire are what the plan says."""
 
 import importlib.util
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from raysparse.config import ConfigError
 from raysparse.data.tokens import DataConfig
@@ -14,7 +16,7 @@ from raysparse.train.loop import forward_backward, update
 from raysparse.train.optimizer import moments
 from raysparse.train.shard import ShardingConfig
 from tests.ranks import spawn
-from tests.train.steps import CONTEXT, SPARSE, assemble, config, dead, run
+from tests.train.steps import CONTEXT, SPARSE, assemble, config, dead, masks_of, run
 
 KINDS = {
     "none": {"type": "none"},
@@ -52,37 +54,42 @@ def test_every_kind_trains_the_same_model(alone, tmp_path, kind, micro):
             torch.testing.assert_close(other[f"model/{name}"], alone[f"model/{name}"], rtol=0, atol=1e-3)
 
 
-def handed_to_fairscale(folder: str) -> dict[str, int]:
-    """On this rank: name -> dead entries that were ever not 0 in the gradient that AdamW got, in a moment or in the weight."""
+def handed_to_fairscale(folder: str) -> tuple[dict[str, int], int, int]:
+    """(name -> dead entries that were ever not 0 in the weight, gradient or moments of a tensor that this rank owns,
+    reductions, parameters), of three steps of two micro-batches."""
     t, _ = assemble(folder, sections("fairscale"), SPARSE)
     found: dict[str, int] = {}
+    reductions, reduce = [], torch.distributed.reduce
+    torch.distributed.reduce = lambda *args, **kwargs: (reductions.append(0), reduce(*args, **kwargs))[1]  # pyrefly: ignore
 
-    def look(*_) -> None:
-        seen = moments(t.sharded, t.optimizer, "exp_avg"), moments(t.sharded, t.optimizer, "exp_avg_sq")
-        for name, mask in t.topology.masks.items():
+    def look(*_: object) -> None:
+        averages = moments(t.sharded, t.optimizer, "exp_avg"), moments(t.sharded, t.optimizer, "exp_avg_sq")
+        for name, mask in masks_of(t).items():
             part = t.sharded.parts[name]
-            tensors = [part.local, *([part.local.grad, *(values[name] for values in seen)] if part.mine else [])]
-            found.setdefault(name, 0)
-            found[name] += sum(int((tensor[~mask] != 0).sum()) for tensor in tensors)
             assert part.mine == (part.local.grad is not None)
+            if part.mine:
+                tensors = [part.local, cast(Tensor, part.local.grad), *(values[name] for values in averages)]
+                found[name] = found.get(name, 0) + sum(int((tensor[~mask] != 0).sum()) for tensor in tensors)
 
-    t.optimizer.optim.register_step_pre_hook(look)
-    t.optimizer.optim.register_step_post_hook(look)
+    inner = cast(Any, t.optimizer).optim  # the AdamW that OSS wraps
+    inner.register_step_pre_hook(look)
+    inner.register_step_post_hook(look)
     for step in range(3):
         forward_backward(t, step)
         update(t)
-        assert all(not part.local[~t.topology.masks[n]].any() for n, part in t.sharded.parts.items() if n in t.topology.masks)
-    mine = [name for name, part in t.sharded.parts.items() if part.mine]
-    assert found
-    return {name: found.get(name, 0) for name in mine}
+        for name, mask in masks_of(t).items():
+            assert not t.sharded.local[name][~mask].any()  # what the owner has sent, too
+            assert t.sharded.local[name][mask].all()
+    return found, len(reductions), len(t.sharded.parts)
 
 
 def test_dead_entries_are_zero_on_the_owner_under_fairscale(tmp_path):
     sections("fairscale")
-    first, second = spawn(handed_to_fairscale, 2, str(tmp_path))
+    (first, reductions, parameters), (second, _, _) = spawn(handed_to_fairscale, 2, str(tmp_path))
     assert not first.keys() & second.keys()
-    assert {"transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"} <= first.keys() | second.keys()
+    assert len(first | second) == 8
     assert set((first | second).values()) == {0}
+    assert reductions == 3 * parameters  # once a step, not once a micro-batch
 
 
 WIRE = {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "vocab_size": 102}}

@@ -1,10 +1,12 @@
 """The masked step: dead entries are zero at every moment, whatever their gradients are; a dense run is plain PyTorch."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from raysparse.sparsity.ranks import ALONE
 from raysparse.train.clip import clip_, global_norm
@@ -12,7 +14,7 @@ from raysparse.train.loop import TrainingError, forward_backward, train, update
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.shard import Sharded
 from tests.ranks import spawn
-from tests.train.steps import CONTEXT, SPARSE, Tokens, assemble, differences, run, snapshot
+from tests.train.steps import CONTEXT, SPARSE, Tokens, assemble, differences, masks_of, run, snapshot
 
 STEPS = 6
 
@@ -32,11 +34,12 @@ def watched(folder: str, implementation: str) -> list[dict[str, int]]:
     seen = []
 
     def look(*_) -> None:
-        tensors = {"weight": t.sharded.local, "gradient": {name: part.local.grad for name, part in t.sharded.parts.items()}}
+        gradients = {name: cast(Tensor, part.local.grad) for name, part in t.sharded.parts.items()}
+        tensors = {"weight": t.sharded.local, "gradient": gradients}
         tensors |= {which: moments(t.sharded, t.optimizer, which) for which in ("exp_avg", "exp_avg_sq")}
-        masks = t.topology.masks.items()
+        masks = masks_of(t).items()
         found = {what: sum(int((values[name][~mask] != 0).sum()) for name, mask in masks) for what, values in tensors.items()}
-        seen.append(found | {"live": sum(int((tensors["gradient"][name][mask] != 0).sum()) for name, mask in masks)})
+        seen.append(found | {"live": sum(int((gradients[name][mask] != 0).sum()) for name, mask in masks)})
 
     t.optimizer.register_step_pre_hook(look)
     t.optimizer.register_step_post_hook(look)
@@ -53,11 +56,11 @@ def test_dead_entries_are_zero_before_and_after_every_step(tmp_path, implementat
             assert found == {"weight": 0, "gradient": 0, "exp_avg": 0, "exp_avg_sq": 0}
 
 
-def poison(sharded: Sharded, masks: dict[str, torch.Tensor], factor: float) -> None:
+def poison(sharded: Sharded, masks: dict[str, Tensor], factor: float) -> None:
     """Multiply every dead gradient by `factor` between the backward pass and what the loop does with it."""
     clean = sharded.collect
 
-    def collect() -> dict[str, torch.Tensor]:
+    def collect() -> dict[str, Tensor]:
         gradients = clean()
         for name, mask in masks.items():
             assert (gradients[name][~mask] != 0).any()
@@ -72,7 +75,7 @@ def poisoned(folder: str) -> dict[float, dict]:
     results = {}
     for factor in (1.0, 1e6, math.inf, math.nan):
         t, _ = assemble(f"{folder}/{factor}", sections(), SPARSE)
-        poison(t.sharded, t.topology.masks, factor)
+        poison(t.sharded, masks_of(t), factor)
         norms = []
         for step in range(3):
             forward_backward(t, step)
@@ -95,12 +98,12 @@ def live_nan(folder: str) -> dict:
     t, state = assemble(folder, sections(), SPARSE)
     clean, before = t.sharded.collect, {}
 
-    def collect() -> dict[str, torch.Tensor]:
+    def collect() -> dict[str, Tensor]:
         gradients = clean()
         if state.step == 3:
             before.update(snapshot(t))
             if t.run.rank == t.run.world_size - 1:
-                name, mask = next(iter(t.topology.masks.items()))
+                name, mask = next(iter(masks_of(t).items()))
                 gradients[name].view(-1)[mask.view(-1).nonzero()[0]] = math.nan
         return gradients
 
@@ -150,7 +153,7 @@ def bare(steps: int, fused: bool) -> dict:
             part = F.cross_entropy(model(input_ids=batch.input_ids).logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
             (part / (6 * CONTEXT)).backward()
             loss += part.detach()
-        gradients = [p.grad for p in named.values()]
+        gradients = [cast(Tensor, p.grad) for p in named.values()]
         norm = global_norm(gradients, sum(p.shape[0] for p in named.values()), ALONE)
         clip_(gradients, norm, 0.05)
         optimizer.step()
@@ -178,7 +181,7 @@ def counted(folder: str, training: dict) -> dict:
     """A run, and how often the first block's feed-forward layer ran in its first step."""
     t, state = assemble(folder, sections(training=training), SPARSE)
     calls = []
-    t.sharded.module.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(state.step))
+    t.sharded.module.get_submodule("transformer.h.0.mlp").register_forward_pre_hook(lambda *_: calls.append(state.step))
     train(t, state)
     return snapshot(t) | {"loss": state.losses, "calls": calls.count(0)}
 
