@@ -132,7 +132,7 @@ def unmarked(folder: str) -> dict:
     def die(file: Path) -> int:
         raise Died
 
-    checkpoint._crc = die
+    checkpoint.crc32 = die
     return run(folder, LOOSE, SPARSE)
 
 
