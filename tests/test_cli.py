@@ -12,8 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from raysparse.__main__ import EXAMPLES, main
-from raysparse.config import load, merge
+from raysparse.config import ConfigError, load, merge
 from raysparse.recipes import CONFIGS
+from raysparse.runtime.launch import check_address
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,10 +167,10 @@ def test_independent_errors_come_together(capsys, config_file):
         assert part in message
 
 
-def test_an_unreachable_cluster_is_said_at_once(capsys, config_file, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    assert cli("pretrain", config_file) == 2
-    assert "Expected a Ray cluster at RAY_ADDRESS=127.0.0.1:1" in capsys.readouterr().err
+def test_an_unreachable_cluster_is_said_at_once():
+    with pytest.raises(ConfigError, match=r"Expected a Ray cluster at RAY_ADDRESS=127\.0\.0\.1:1\. Got: .*refused"):
+        check_address("127.0.0.1:1")
+    check_address("auto")
 
 
 #                        override                                  what the message says

@@ -70,7 +70,7 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
 def _start(ray: Any, run: RunConfig) -> None:
     """Join the cluster of RAY_ADDRESS, else start one in this machine that ends with this process."""
     if address := os.environ.get("RAY_ADDRESS"):
-        _check_address(address)
+        check_address(address)
         ray.init(logging_level="WARNING", log_to_driver=False, namespace="raysparse")
         return
     cpus = max(run.workers * run.threads, os.cpu_count() or 1) + 1  # logical; two ranks on one core are slow, not wrong
@@ -84,7 +84,7 @@ def _start(ray: Any, run: RunConfig) -> None:
     )
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):

@@ -45,7 +45,7 @@ def test_other_forms_are_refused(written):
         "Expected a valid Holder. Got 1 problem:\n"
         "  length: Expected a length such as '100 steps', '2.5e9 tokens', '375M tokens', '5 epochs' or '10 %' "
         f"(got {written!r})\n"
-        "Correct these keys; `raysparse plan CONFIG` prints the resolved config."
+        "Correct these keys; `raysparse VERB --keys` explains every key."
     )
 
 

@@ -17,9 +17,9 @@ def factors(num_steps, warmup, **config):
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_warm_up_is_linear_from_above_zero_to_the_peak(kind):
     #                                 1/4   2/4   3/4   4/4  then the peak once more, where the decay begins
-    assert factors(12, 4, type=kind)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors(12, 0, type=kind)[0] == 1.0
-    assert factors(12, 1, type=kind)[:2] == [1.0, 1.0]
+    assert factors(12, 4, decay=kind)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(12, 0, decay=kind)[0] == 1.0
+    assert factors(12, 1, decay=kind)[:2] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_warm_up_is_linear_from_above_zero_to_the_peak(kind):
     ],
 )
 def test_decay(kind, drawn):
-    assert factors(6, 2, type=kind, final=0.2)[2:] == pytest.approx(drawn, abs=1e-15)
+    assert factors(6, 2, decay=kind, final=0.2)[2:] == pytest.approx(drawn, abs=1e-15)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
@@ -66,7 +66,7 @@ def test_runs_that_are_all_warm_up(num_steps, warmup):
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        ({"type": "step"}, "type: Input should be 'cosine', 'linear' or 'constant' (got 'step')"),
+        ({"decay": "step"}, "decay: Input should be 'cosine', 'linear' or 'constant' (got 'step')"),
         ({"final": 1.5}, "final: Input should be less than or equal to 1 (got 1.5)"),
         ({"final": -0.1}, "final: Input should be greater than or equal to 0 (got -0.1)"),
         ({"warmup": "long"}, "warmup: Expected a length such as "),
