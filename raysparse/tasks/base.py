@@ -1,17 +1,13 @@
 """A downstream task: pairs of a source and the texts that would be right answers, and how answers are scored."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pydantic import Field
 
 from raysparse.config import Config
+from raysparse.data.sources import Split
 from raysparse.tasks.metrics import MetricName
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,6 @@ class Task(Config, ABC):
     @property
     def primary(self) -> MetricName:
         return self.metrics[0]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the prompts, the separator and the references of all splits."""
-        content = [[[self.prompt(e), e.references] for e in self.examples(split)] for split in get_args(Split)]
-        return hashlib.sha256(json.dumps([self.separator, content]).encode()).hexdigest()
 
 
 def group(pairs: list[tuple[str, str]]) -> list[Example]:

@@ -1,6 +1,6 @@
 import json
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -217,24 +217,14 @@ def test_a_killed_build_leaves_nothing(tmp_path):
 
 def test_two_builders_agree(tmp_path):
     both = threading.Barrier(2)
-    errors = []
 
     def build(folder):
         (folder / "file").write_text("same")
         both.wait(timeout=30)
 
-    def run():
-        try:
-            assert publish(tmp_path / "x", build) == tmp_path / "x"
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(2) as pool:
+        builders = [pool.submit(publish, tmp_path / "x", build) for _ in range(2)]
+    assert [builder.result() for builder in builders] == [tmp_path / "x"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x" / "file").read_text() == "same"
 

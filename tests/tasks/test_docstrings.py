@@ -140,17 +140,6 @@ def test_the_baseline_is_the_name_as_a_sentence(library):
     assert task.primary == "rouge_l"
 
 
-def test_fingerprint_follows_the_examples(library):
-    path = library / split_name("test")
-    path.write_text(function("a", "Return a thing."))
-    before = Docstrings().fingerprint()
-    docstrings._pairs.cache_clear()
-    assert Docstrings().fingerprint() == before != Docstrings(separator="#").fingerprint()
-    path.write_text(function("a", "Return another thing."))
-    docstrings._pairs.cache_clear()
-    assert Docstrings().fingerprint() != before
-
-
 def test_the_real_library():
     """Enough pairs; no source and no (name, sentence) is in two splits; the modules of a split are in no other."""
     if not (Path(sources.stdlib_root()) / "test" / "test_ast.py").is_file():
