@@ -117,3 +117,7 @@ def test_what_cannot_be_trained_on_is_an_error(tokenizer):
         feed(tokenizer, examples(), context=8)
     with pytest.raises(ConfigError, match=r"room for a prompt in a context of 32 tokens\. Got 30 for the answer and \d+ for the"):
         encode_prompts(examples(), tokenizer, TASK, context=32, max_new_tokens=30)
+
+
+def test_a_rank_without_examples_has_no_prompts(tokenizer):
+    assert encode_prompts([], tokenizer, TASK, context=64, max_new_tokens=8) == []
