@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check format bench clean
+.PHONY: help setup quickstart mst-demo test test-slow check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,9 @@ setup: $(VENV)/installed ## create .venv and install raysparse with its pinned d
 
 quickstart: $(VENV)/installed ## pre-train a GPT 75 % sparse and dense, fine-tune both, compare: under 10 minutes on 2 cores
 	$(BIN)/raysparse compare configs/compare/quickstart.yaml
+
+mst-demo: $(VENV)/installed ## pre-train the same GPT dense, static, by RigL and by MST, compare: under 15 minutes on 2 cores
+	$(BIN)/raysparse compare configs/compare/mst_demo.yaml
 
 test: $(VENV)/installed-dev ## the test suite, without the slow tests
 	$(BIN)/python -m pytest -m "not slow"
@@ -33,6 +36,7 @@ format: $(VENV)/installed-dev ## format the code
 bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.step --rounds 15 --out benchmarks/results
 	$(BIN)/python -m benchmarks.masks --out benchmarks/results
+	$(BIN)/python -m benchmarks.topology --out benchmarks/results
 	$(BIN)/python -m benchmarks.startup --runs 5 --out benchmarks/results
 
 clean: ## remove .venv and build leftovers; runs/ stays

@@ -25,7 +25,9 @@ from raysparse.data.batch import Batch
 from raysparse.models.build import ModelConfig, architecture, blocks, build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
-from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.evolve import first_topology
+from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
 from raysparse.train.clip import clip_, global_norm
 from raysparse.train.loop import Training, forward_backward, update
@@ -81,20 +83,20 @@ def assemble(folder: Path, size: Size, sparsity: float) -> Training:
     )
     model = build(size.model, 0, size.vocabulary, size.tokens)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in select(model)}
-    plan = SparsityPlan.build(shapes, SparsityConfig(target=sparsity))
+    sparse = SparsityConfig(target=sparsity)
+    agenda = Agenda(sparsity=sparse, shapes=shapes, steps=1000, tokens_per_step=size.tokens, seed=0)
 
-    def topology(sharded: Any) -> Topology | None:
-        if plan.total == plan.size:
-            return None
-        return Topology.random(plan, {name: sharded.parts[name].rows for name in shapes}, 0, sharded.ranks)
+    def topology(sharded: Any) -> Topology:
+        return first_topology(agenda, {name: sharded.parts[name].rows for name in shapes}, sharded.local, sharded.ranks)
 
     folder.mkdir(parents=True)
     job = Job("pretrain", config.model_dump(mode="json"), {}, str(folder), "")
     parts = training.Ingredients(
         model=model,
-        sparse=plan.shapes,
+        sparse=shapes,
         target=sparsity,
-        topology=topology,
+        agenda=agenda,
+        topology=topology if sparse.wants_masks else None,
         feed=Feed(size),
         validation=Feed(size),
         num_validation=1,
@@ -121,7 +123,7 @@ def product(t: Training) -> Callable[[int], None]:
 
     def step(index: int) -> None:
         forward_backward(t, index)
-        update(t)
+        update(t, index)
 
     return step
 

@@ -7,6 +7,7 @@ raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
+raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
 """
 
 import argparse
@@ -35,6 +36,19 @@ HELP = {
 }  # fmt: skip
 
 
+MASKS_HELP = (
+    "show what became of the masks of a run, or compare two sets of masks",
+    """Of a run: version, phase, sparsity of every layer against the plan, and the last updates; live from its manager where it
+trains on Ray, else from topology.jsonl. Of a checkpoint, an exported model or a masks file: the live weights (nnz) of
+every layer, counted.
+
+examples:
+  raysparse masks runs/mst
+  raysparse masks --diff runs/mst/checkpoints/step_00001000 runs/mst""",
+)
+"""Short and long help of `raysparse masks`."""
+
+
 EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
@@ -54,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words += rest  # overrides after an option
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
+        if args.verb == "masks":
+            return _masks(args)
         files = [word for word in args.words if "=" not in word or Path(word).is_file()]
         overrides = [word for word in args.words if word not in files]
         if args.keys:
@@ -126,6 +142,32 @@ def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str
     return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
+def _masks(args: argparse.Namespace) -> int:
+    """Nothing is trained, so nothing is configured; Ray is asked only where the run has a manager on it."""
+    from raysparse.recipes import masks
+    from raysparse.runtime.live import ask
+
+    if len(args.words) != (2 if args.diff else 1):
+        raise ConfigError(
+            f"Expected one PATH, or two with --diff. Got {len(args.words)}{' with --diff' if args.diff else ''}. "
+            "Example: raysparse masks --diff runs/a runs/b"
+        )
+    found = [masks.find(word, Path("runs")) for word in args.words]
+    if args.diff:
+        facts, text = masks.diff(*found), masks.show_diff
+    elif masks.has_history(found[0]):
+        try:
+            view, seconds = ask(found[0])
+            source = {"source": "live", "seconds": seconds}
+        except ConnectionError as error:
+            view, source = masks.recorded(found[0]), {"source": "disk", "why": str(error)}
+        facts, text = source | view, masks.show_view
+    else:
+        facts, text = masks.count(*found), masks.show_count
+    print(json.dumps(facts, indent=1) if args.json else text(facts))
+    return 0
+
+
 def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
     """In this very process, or on Ray."""
     from raysparse.train.metrics import Console
@@ -182,6 +224,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
         if verb not in ("plan", "export"):
             sub.add_argument("--local", action="store_true", help="in this process, without Ray: breakpoint() works (torchrun implies it)")
+    sub = verbs.add_parser("masks", help=MASKS_HELP[0], description=f"{MASKS_HELP[0]}.\n\n{MASKS_HELP[1]}", formatter_class=form)
+    sub.add_argument("words", nargs="+", metavar="PATH", help="a run (folder, or name below runs/), checkpoint, exported model, masks file")
+    sub.add_argument("--diff", action="store_true", help="compare two: how many weights live in A alone, in B alone, in both")
+    sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     return parser
 
 

@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import masks, startup, step
+from benchmarks import manager, masks, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
+from raysparse.config import load
+from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.sparsity.manager import MaskManager
+from raysparse.sparsity.topology import Rows, Topology
+from raysparse.train.process import process_group
 from tests.ranks import spawn
 
 
@@ -62,6 +67,117 @@ def test_masks_as_a_command(tmp_path):
     assert masks.main(["--ranks", "2", "--layers", "1", "--width", "64", "--out", str(tmp_path)]) == 0
     (one,) = json.loads(next(tmp_path.glob("masks_*.json")).read_text())["results"]
     assert one["ranks"] == 2
+
+
+def tiny_layer() -> updates.Layer:
+    """40 x 40, every fourth weight live: 400, of which an update drops 120."""
+    shape = (40, 40)
+    mask = (torch.arange(1600) % 4 == 0).view(shape)
+    return updates.Layer(Topology({"weight": shape}, {"weight": Rows(0, *shape)}, {"weight": mask}))
+
+
+def test_plain_selections_agree_and_differ_from_ours_only_in_what_may_come_back():
+    layer = tiny_layer()
+    layer.check()
+    assert layer.drop == 120
+    plain, ours = layer.by_argpartition().view_as(layer.mask), layer.ours("rigl")
+    assert torch.equal(plain, layer.by_topk().view_as(layer.mask))
+    came_back = ours.dropped["weight"] & ours.grown["weight"]
+    assert came_back.any()
+    assert int((ours.masks["weight"] & ~plain).sum()) == int(came_back.sum())
+
+
+def test_a_selection_that_is_not_the_best_is_noticed(monkeypatch):
+    layer = tiny_layer()
+    best = layer.ours("rigl").masks["weight"].flatten()
+    other = best.clone()
+    other[int(best.nonzero()[0])], other[int((~best).nonzero()[0])] = False, True  # as many, but not the same
+    proposal = layer.ours("rigl")
+    proposal.masks["weight"] = other.view_as(layer.mask)
+    monkeypatch.setattr(layer, "ours", lambda rule: proposal)
+    with pytest.raises(AssertionError, match="other weights than those of the definition"):
+        layer.check()
+
+
+def test_an_update_is_timed_beside_plain_selections_and_beside_training_steps(tmp_path):
+    size = step.Size(layers=1, width=64, vocabulary=50, tokens=8)
+    with process_group("cpu"):
+        layer = updates.one_layer(tmp_path, (16, 24), rounds=3)
+        share = updates.share(tmp_path, size, rounds=3)
+    assert layer["dropped"] == 28  # 30 % of a quarter of 384
+    assert {name: len(times) for name, times in layer["cpu_seconds"].items()} == dict.fromkeys(
+        ["numpy argpartition", "torch topk", "RigL", "mixed", "RigL, Keeper.evolve"], 3
+    )
+    assert [row["at_most"] for row in layer["ratios"]] == [2.0, None, None, None]
+    assert share["sparse_weights"] == 12 * 64 * 64
+    (row,) = share["ratios"]
+    assert row["ratio"] == Ratio.of(share["cpu_seconds"]["update"], share["cpu_seconds"]["step"])
+    facts = {"layer": layer, "steps": [share], "manager": {"calls": [{"seconds": [0.1, 0.3, 0.2], "at_most": 0.15}]}}
+    missed = [topology.missed(row) for row in topology.bounded(facts)]
+    assert missed == [layer["ratios"][0]["ratio"].median > 2, False, False, False, row["ratio"].median > 1.5, True]
+    assert topology.report_layer(layer).count("MISSED") == missed[0]
+    assert topology.report_steps([share]).count("MISSED") == missed[4]
+
+
+def test_updates_on_ranks_count_every_collective(tmp_path):
+    sizes = {"one": step.Size(layers=1, width=64, vocabulary=50, tokens=8)}
+    alone, both = (spawn(updates.together, n, tmp_path / str(n), sizes, 2)[0][0] for n in (1, 2))
+    assert (alone["most_weights_on_a_rank"], both["most_weights_on_a_rank"]) == (49_152, 24_576)
+    assert {len(row[key]) for row in (alone, both) for key in ("cpu_seconds", "wall_seconds")} == {2}
+    assert alone["sent_bytes"]["selection"] == []
+    # 8 bytes for each of 4 layers: is the gradient finite; then twice a histogram of 11, 10 and 10 bits with its end, and the ties
+    assert both["sent_bytes"]["selection"] == [32 * size for size in (1, *2 * (2049, 1025, 1025, 1))]
+    assert len(both["sent_bytes"]["control"]) == 6  # decision, votes and verdict, each after its length
+
+
+def test_the_estimate_is_the_formula_that_it_says():
+    sent = {"selection": [1000, 500], "control": [100]}
+    small = {"model": "a", "ranks": 1, "layers": 4, "sparse_weights": 10, "most_weights_on_a_rank": 10, "cpu_seconds": [32.0]}
+    large = {"model": "b", "ranks": 1, "layers": 48, "sparse_weights": 1000, "most_weights_on_a_rank": 1000, "cpu_seconds": [2144.0]}
+    rows = [small, large, large | {"ranks": 2, "most_weights_on_a_rank": 500, "cpu_seconds": [9e9], "sent_bytes": sent}]
+    calls = [{"ranks": 4, "seconds": [9e9]}, {"ranks": 64, "seconds": [1.0, 5.0, 2.0]}, {"ranks": 64, "seconds": [1.0]}]
+    found = topology.estimate(rows, {"layers": 48, "calls": calls})
+    assert (found["a"], found["b"], found["collectives"]) == pytest.approx((2, 3, 3))  # seconds a weight, seconds a layer
+    assert [check["seconds"] for check in found["checks"]] == pytest.approx([32, 2144, 1144])
+    assert list(found["seconds"].values()) == pytest.approx(
+        [2 * 1.3e9 / 64, 3 * 96, 2 * 3 * 63 * 100e-6, 2 * 1500 * 2 / 1e9, 64 * 100 * 2 / 1e9, 3.0 * 2]
+    )
+    assert found["total"] == pytest.approx(sum(found["seconds"].values()))
+    assert f"| all | {found['total']:.3f} |" in topology.report_estimate(found)
+
+
+def test_the_manager_commits_what_made_up_ranks_vote(tmp_path):
+    agenda = updates.evolving("rigl", {"weight": (8, 10), "other": (6, 4)})
+    seconds = manager.through(MaskManager(tmp_path / "journal"), agenda, 3, calls=4)
+    assert {call: len(values) for call, values in seconds.items()} == {"decide": 4, "commit": 4}
+    history = MaskManager(tmp_path / "journal").history()
+    assert [record["version"] for record in history] == [0, 1, 2, 3, 4]
+    assert len({record["digest"] for record in history}) == 5
+    assert history[4]["nnz"] == agenda.plan(4)
+
+
+@pytest.mark.ray
+def test_the_manager_is_timed_in_an_actor(ray_instance, tmp_path):
+    agenda = updates.evolving("rigl", {"weight": (8, 10)})
+    seconds = manager.in_actor(tmp_path / "actor", load(PretrainConfig, [manager.MST]), agenda, 4, calls=2)
+    assert {call: len(values) for call, values in seconds.items()} == {"decide": 2, "commit": 2}
+    assert ray_instance.is_initialized()
+
+
+@pytest.mark.slow
+def test_topology_as_a_command(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        status = topology.main(["--quick", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    (result,) = tmp_path.glob("topology-quick_*.json")
+    facts = json.loads(result.read_text())
+    assert [(row["model"], row["ranks"]) for row in facts["ranks"]] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert {(row["where"], row["ranks"]) for row in facts["manager"]["calls"]} == {("in process", 4), ("Ray actor", 4), ("in process", 64)}
+    text = result.with_suffix(".md").read_text()
+    assert status == ("MISSED" in text)
+    assert capsys.readouterr().out.rstrip().endswith(str(result.with_suffix(".md")))
 
 
 def test_startup_finds_the_first_step(tmp_path):

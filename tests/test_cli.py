@@ -184,9 +184,25 @@ REFUSED = [
     (["sharding.type=fsdp2", "sharding.replicas=2"], ["Expected sharding.replicas to divide run.workers. Got 2 replicas, 1 workers"]),
     (["model.preset=null", "model.overrides={}", "model.path=/no/such/model"], ["/no/such/model"]),
     (["model.overrides.n_hedd=2"], ["n_hedd", "n_head"]),
-    (["training.length=3 epochs"], ["training.length", "stream"]),
+    (["training.length=3 epochs"], ["training.length", "pre-training text has no epochs"]),
     (["run.name=../escape"], ["run.name"]),
     (["sparsity.include=[nothing.*]"], ["nothing.*"]),
+    (["sparsity.evolution.type=rigel"], ["sparsity.evolution", "rigl"]),
+    (["sparsity.timeline=[{length: 5}, {length: 5}]"], ["12 steps together. Got ends at training 5, training 10"]),
+    (
+        ["sparsity.timeline=[{sparsity: {type: polynomial}}]"],
+        ["Expected updates in phase training, whose sparsity moves. Got none from static"],
+    ),
+    (
+        ["sparsity.timeline=[{sparsity: {type: cosine, start: 1, end: 0}}]", "sparsity.evolution={type: gradual, update_interval: 2}"],
+        ["Expected a rule that grows weights in phase training, whose sparsity falls. Got gradual"],
+    ),
+    (["sparsity.pattern={type: block, size: 64}"], ["rows (on every rank) that 64 divides", "Got 96 x 32"]),
+    (["sparsity.pattern={type: 'n:m', n: 2, m: 4}"], ["Expected target 0.5", "2:4"]),
+    (
+        ["sparsity.timeline=[{attention: {type: local}}]", "model.attention=eager"],
+        ["Expected model.attention=sdpa with sparse attention. Got eager"],
+    ),
 ]
 
 
@@ -290,3 +306,134 @@ def test_keeping_masks_of_a_dense_model_is_refused(capsys, config_file, pretrain
     capsys.readouterr()
     assert cli("finetune", tuned, "--local", "sparsity.masks=keep") == 2
     assert "Expected masks.safetensors" in capsys.readouterr().err
+
+
+def test_masks_of_a_run_its_export_and_its_checkpoints(capsys, config_file, pretrain_values):
+    cli("pretrain", config_file, "--local", "sparsity.evolution={type: set, update_interval: 3}")
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    capsys.readouterr()
+    assert cli("masks", folder, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["source"], facts["why"]) == ("disk", "no manager is running on Ray")
+    assert facts["now"]["digest"] == summary["sparsity"]["mask_digest"]
+    assert [record["step"] for record in facts["last"]] == [0, 3, 6, 9]
+    for place in ("export", "checkpoints/step_00000012"):
+        assert cli("masks", folder / place, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["digest"] == summary["sparsity"]["mask_digest"]
+    assert cli("masks", "--diff", folder, folder / "export", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["jaccard"] == 1.0
+    for words in ([folder], [folder / "export"], ["--diff", folder / "checkpoints" / "step_00000008", folder]):
+        assert cli("masks", *words) == 0
+        assert "transformer.h.1.mlp.c_proj.weight" in capsys.readouterr().out
+
+
+def test_masks_are_read_without_ray(config_file, pretrain_values):
+    cli("pretrain", config_file, "--local")
+    folder = Path(pretrain_values["run"]["folder"]) / "tiny"
+    code = "import sys; sys.modules['ray'] = None; from raysparse.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "masks", str(folder)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "from disk" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["one", "two"], "Expected one PATH, or two with --diff. Got 2."),
+        (["--diff", "one"], "Got 1 with --diff. Example: raysparse masks --diff"),
+        (["nowhere"], "Expected a run, a checkpoint, an exported model or a masks.safetensors at nowhere"),
+        (["--diff", ".", "."], "Expected masks in"),
+    ],
+)
+def test_masks_that_cannot_be_shown(capsys, tmp_path, monkeypatch, words, part):
+    monkeypatch.chdir(tmp_path)
+    assert cli("masks", *words) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_the_help_of_masks_teaches(capsys):
+    with pytest.raises(SystemExit):
+        cli("masks", "--help")
+    text = capsys.readouterr().out
+    assert "--diff" in text
+    assert "raysparse masks runs/mst" in text
+    with pytest.raises(SystemExit):
+        cli("--help")
+    assert "raysparse masks" in capsys.readouterr().out
+
+
+@pytest.fixture
+def comparison_file(config_file: Path, pretrain_values: dict[str, Any], tmp_path: Path) -> Path:
+    """Three methods, of seconds: dense, the values' own static masks, and MST's phases."""
+    attention = {"type": "local_or_strided", "width": 4, "stride": 4}
+    phases = [
+        {"name": "warm_up", "length": "25 %", "sparsity": {"type": "polynomial"}, "attention": attention},
+        {"name": "ultra_sparsification", "length": "50 %", "attention": attention},
+        {"name": "restoration", "length": "25 %", "sparsity": {"type": "polynomial", "start": 1, "end": 0, "mirrored": True}},
+    ]
+    mst = {"evolution": {"type": "mixed", "update_interval": "1 steps"}, "timeline": phases}
+    values = {
+        "run": pretrain_values["run"] | {"name": "methods"},
+        "pretrain": {"files": [str(config_file)]},
+        "methods": {"dense": {"sparsity": {"target": 0}}, "static": {}, "mst": {"sparsity": mst}},
+    }
+    file = tmp_path / "comparison.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))  # the order of the methods is theirs in the table
+    return file
+
+
+def test_compare_pretrains_every_method(capsys, comparison_file, pretrain_values):
+    assert cli("compare", comparison_file, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    folder = Path(pretrain_values["run"]["folder"]) / "methods"
+    assert not folder.exists()
+    assert cli("compare", comparison_file, "--local", "--json") == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert list(stages) == list(planned) == ["pretrain-dense", "pretrain-static", "pretrain-mst"]
+    for name, summary in stages.items():
+        assert summary["flops"]["counted"] == pytest.approx(planned[name]["flops"]["counted"])
+        assert summary["steps"] == 12
+    dense, static, mst = stages.values()
+    assert static["sparsity"]["nnz"] == dense["sparsity"]["nnz"] // 4 == mst["sparsity"]["nnz"] // 4
+    assert mst["topology"]["updates"] == planned["pretrain-mst"]["updates"] > 0
+    table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
+    for text in ("| run | nnz | density | attention |", "| pretrain-mst |", "at equal counted FLOPs"):
+        assert text in table
+    assert "Phases of pretrain-mst: 1 warm_up, 2 ultra_sparsification, 3 restoration" in page
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("pretrain-*/*")}
+    assert cli("compare", folder / "config.yaml", "--local") == 0  # finished: nothing is trained again
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("pretrain-*/*")} == written
+    assert "pretrain-mst" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("methods.dense.sparsity.target=0.5", ["one dense method", "Got 0 dense (none) of: dense, static, mst"]),
+        ("sparsity=0", ["one dense method", "Got 3 dense (dense, static, mst)"]),
+        ("methods.a-b.sparsity.target=0.5", ["methods.a-b", "match pattern"]),
+        ("methods.a/b.sparsity.target=0.5", ["methods.a/b", "match pattern"]),
+        ("methods.mst.sparsity.levle=1", ["methods.mst: Expected a valid PretrainConfig", "sparsity.levle: no such key"]),
+        ("methods.static.sparsity.include=[nothing.*]", ["methods.static: Expected the pattern 'nothing.*'"]),
+        ("finetune.files=[]", ["finetune.files"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_compare_refuses_before_anything_starts(capsys, comparison_file, pretrain_values, override, parts):
+    assert cli("compare", comparison_file, "--local", override) == 2
+    message = capsys.readouterr().err
+    for part in ["raysparse: ", "Expected", "Got", *parts]:
+        assert part in message
+    assert not Path(pretrain_values["run"]["folder"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "got"),
+    [({}, "Got 0 dense (none) of: no methods"), ({"a": 0.5}, "Got 0 dense (none) of: a"), ({"d": 0.0}, "Got 1 dense (d) of: d")],
+)
+def test_compare_wants_something_to_compare(capsys, comparison_file, methods, got):
+    methods = {name: {"sparsity": {"target": target}} for name, target in methods.items()}
+    comparison_file.write_text(yaml.safe_dump(yaml.safe_load(comparison_file.read_text()) | {"methods": methods}))
+    assert cli("compare", comparison_file, "--local") == 2
+    assert got in capsys.readouterr().err

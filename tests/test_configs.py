@@ -6,7 +6,7 @@ import pytest
 
 from raysparse.config import load, read_yaml
 from raysparse.recipes import CONFIGS
-from raysparse.recipes.compare import CompareConfig, finetune_configs, pretrain_configs
+from raysparse.recipes.compare import CompareConfig, check, finetune_configs, pretrain_configs
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.plan import plan
 from raysparse.recipes.pretrain import PretrainConfig
@@ -95,3 +95,42 @@ def test_the_quickstart_compares_twins(monkeypatch):
         ("pretrain-sparse", "lift"),
         ("pretrain-sparse", "keep"),
     ]
+
+
+def test_the_mst_demo_compares_methods_that_differ_in_sparsity_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = load(CompareConfig, [ROOT / "configs" / "compare" / "mst_demo.yaml"], [f"run.folder={tmp_path}"])
+    methods, tuned = check(config)
+    assert tuned == {}
+    assert list(methods) == ["pretrain-dense", "pretrain-static", "pretrain-rigl", "pretrain-mst"]
+    shared = [stage.model_dump(exclude={"sparsity": {"target", "evolution", "timeline"}, "run": {"name"}}) for stage in methods.values()]
+    assert all(other == shared[0] for other in shared)
+    assert [stage.sparsity.target for stage in methods.values()] == [0.0, 0.8, 0.8, 0.8]
+    assert [stage.sparsity.evolution.type for stage in methods.values()] == ["static", "static", "rigl", "mixed"]
+    facts = {name: plan(stage) for name, stage in methods.items()}
+    assert all(layers["sparsity"]["layers"][0]["name"] == "transformer.wte.weight" for layers in facts.values())
+    assert facts["pretrain-mst"]["density"][0] == facts["pretrain-dense"]["density"][0] == (0, 1.0)
+    assert facts["pretrain-mst"]["density"][-1][1] == 1.0
+    assert [phase["steps"] for phase in facts["pretrain-mst"]["phases"]] == [[0, 30], [30, 270], [270, 300]]
+    assert [phase["attention"] for phase in facts["pretrain-mst"]["phases"]] == ["local_or_strided", "local_or_strided", "full"]
+
+
+def test_one_sparsity_holds_for_all_methods_that_set_none(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load(CompareConfig, [ROOT / "configs" / "compare" / "mst_demo.yaml"], ["sparsity=0.5", "methods.rigl.sparsity.target=0.9"])
+    assert [stage.sparsity.target for stage in pretrain_configs(config).values()] == [0.0, 0.5, 0.9, 0.5]
+
+
+def test_every_method_is_finetuned_and_only_what_ends_sparse_keeps_its_mask(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["finetune.files=[configs/finetune/docstrings.yaml]"]
+    config = load(CompareConfig, [ROOT / "configs" / "compare" / "mst_demo.yaml"], words)
+    stages = {name: stage.model.path.rpartition("/")[2] for name, stage in finetune_configs(config).items()}
+    assert stages == {
+        "dense-to-dense": "pretrain-dense",
+        "static-to-dense": "pretrain-static",
+        "static-to-sparse": "pretrain-static",
+        "rigl-to-dense": "pretrain-rigl",
+        "rigl-to-sparse": "pretrain-rigl",
+        "mst-to-dense": "pretrain-mst",
+    }

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"raysparse"},  # the version
     {"config"},
+    {"length"},
     {"sparsity"},
     {"kernels"},
     {"models", "data", "tasks", "losses"},

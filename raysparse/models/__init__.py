@@ -1,5 +1,6 @@
 """Models: transformers' own classes with one weight layout, and the names of what may be sparse."""
 
+from raysparse.models.attention import HybridAttention, check_attention
 from raysparse.models.build import (
     ModelConfig,
     architecture,
@@ -13,11 +14,13 @@ from raysparse.models.build import (
 from raysparse.models.layout import to_hub, to_linear
 
 __all__ = [
+    "HybridAttention",
     "ModelConfig",
     "architecture",
     "block_linears",
     "blocks",
     "build",
+    "check_attention",
     "flops_architecture",
     "select",
     "skeleton",

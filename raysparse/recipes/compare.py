@@ -1,12 +1,15 @@
-"""SPDF from end to end, beside its dense twin: two pre-trainings, three fine-tunings, one table and one page.
+"""Methods of pre-training side by side: the same model, data, steps and seed; one table and one page.
 
-The stages run back to back in one worker group: `dense` and `sparse` share seed, data order and steps; each is fine-tuned with
-every weight alive, and the sparse one once more with its mask kept.
+The stages run back to back in one worker group. A method is a name and what it changes in the config of pre-training; one is
+dense, the twin of the others. SPDF from end to end is the default pair with a fine-tuning: the sparse model once with every
+weight alive and once with its mask kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -20,6 +23,8 @@ from raysparse.sparsity.plan import Sparsity
 from raysparse.train.run import RunConfig
 
 Launch = Callable[[list[Job]], list[dict[str, Any]]]
+MethodName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+"""Part of folder names: without a hyphen, so that no stage of one method has the name of another's."""
 
 
 class StageConfig(Config):
@@ -32,14 +37,17 @@ class StageConfig(Config):
 
 
 class CompareConfig(Config):
-    """`raysparse compare`: is it worth it to leave most weights out? All stages, one worker group, report.html."""
+    """`raysparse compare`: is it worth it to leave most weights out, and how best? All stages, one worker group, report.html."""
 
     run: RunConfig = RunConfig(name="compare")
     """Name and place of the whole; its name, folder, seed, workers, threads, device and parity hold for every stage."""
     pretrain: StageConfig
-    finetune: StageConfig
+    finetune: StageConfig | None = None
+    """Of every pre-trained model with all weights alive, and of one that ends sparse also with its mask kept; null: none."""
     sparsity: Sparsity = 0.75
-    """Of the sparse pre-training."""
+    """sparsity.target of every method that does not set its own."""
+    methods: dict[MethodName, dict[str, Any]] = Field(default_factory=lambda: {"dense": {"sparsity": {"target": 0.0}}, "sparse": {}})
+    """Name -> what the method changes in pretrain's files and set. Exactly one is dense: the others are compared with it."""
 
 
 def compare(config: CompareConfig, launch: Launch) -> tuple[dict[str, Any], str]:
@@ -51,58 +59,66 @@ def compare(config: CompareConfig, launch: Launch) -> tuple[dict[str, Any], str]
 
 def dry_run(config: CompareConfig) -> dict[str, Any]:
     """Check the configs of all stages; nothing is tokenized or written."""
-    twins, tuned = check(config)
-    facts = {name: pretrain.dry_run(stage) for name, stage in twins.items()}
+    pretrained, tuned = check(config)
+    facts = {name: pretrain.dry_run(stage) for name, stage in pretrained.items()}
     return facts | {name: stage.model_dump(mode="json") for name, stage in tuned.items()}
 
 
 def check(config: CompareConfig) -> tuple[dict[str, PretrainConfig], dict[str, FinetuneConfig]]:
     """The configs of all stages, before anything is written; raises a `ConfigError` for stages that do not fit."""
-    if config.sparsity == 0:
-        raise ConfigError("Expected a sparsity above 0 to compare with the dense twin. Got 0. Example: sparsity=0.75")
     if (config.run.path / "identity.json").exists():
         raise ConfigError(f"Expected {config.run.path} to be new or a comparison. Got a run of another verb. Choose another run.name.")
-    twins, tuned = pretrain_configs(config), finetune_configs(config)
-    context = twins["pretrain-dense"].data.context
+    pretrained = pretrain_configs(config)
+    dense = [name for name, stage in zip(config.methods, pretrained.values(), strict=True) if not stage.sparsity.wants_masks]
+    if len(dense) != 1 or len(pretrained) == 1:
+        raise ConfigError(
+            f"Expected one dense method, which the others are compared with, and at least one sparse. Got {len(dense)} dense "
+            f"({', '.join(dense) or 'none'}) of: {', '.join(config.methods) or 'no methods'}. Set methods.NAME.sparsity.target to 0 in "
+            "one, and sparsity, or the target of the others, above 0."
+        )
+    tuned = finetune_configs(config)
     for stage in tuned.values():
         check_sizes(stage)
+        context = pretrained[_parent(stage)].data.context
         if stage.context > context or stage.generation.max_new_tokens >= stage.context:
             raise ConfigError(
                 f"Expected finetune's context of at most {context} tokens, which pre-training has, with room for "
                 f"generation.max_new_tokens. Got {stage.context} and {stage.generation.max_new_tokens}. Change finetune.set."
             )
-    return twins, tuned
+    return pretrained, tuned
 
 
 def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
-    """The twins: equal but for the sparsity."""
-    levels = {"pretrain-dense": 0.0, "pretrain-sparse": config.sparsity}
-    return {
-        name: PretrainConfig.check(_values(config, config.pretrain, name, {"sparsity": {"target": level}}))
-        for name, level in levels.items()
-    }
+    """Stage -> config, in the order of the methods; equal but for what the methods change."""
+    configs = {}
+    for name, changes in config.methods.items():
+        own = merge({"sparsity": {"target": config.sparsity}}, changes)
+        with _in_method(name):
+            configs[f"pretrain-{name}"] = PretrainConfig.check(_values(config, config.pretrain, f"pretrain-{name}", own))
+    return configs
 
 
 def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
-    """Dense from dense, dense from sparse (SPDF), sparse from sparse."""
-    stages = {
-        "dense-to-dense": ("pretrain-dense", "lift"),
-        "sparse-to-dense": ("pretrain-sparse", "lift"),
-        "sparse-to-sparse": ("pretrain-sparse", "keep"),
-    }
-    result = {}
-    for name, (parent, masks) in stages.items():
-        own = {"model": {"path": str(config.run.path / parent)}, "sparsity": {"masks": masks}}
-        result[name] = FinetuneConfig.check(_values(config, config.finetune, name, own))
-    return result
+    """Stage -> config: dense from dense, dense from sparse (SPDF), and sparse from what ends sparse."""
+    if config.finetune is None:
+        return {}
+    configs = {}
+    for name, parent in zip(config.methods, pretrain_configs(config).values(), strict=True):
+        for masks, end in (("lift", "dense"), ("keep", "sparse")):
+            if end == "dense" or _ends_sparse(parent):
+                own = {"model": {"path": str(parent.run.path)}, "sparsity": {"masks": masks}}
+                configs[f"{name}-to-{end}"] = FinetuneConfig.check(_values(config, config.finetune, f"{name}-to-{end}", own))
+    return configs
 
 
 def open_runs(config: CompareConfig) -> list[Job]:
     """The jobs of all stages, everything checked that can be checked before the first one has run."""
-    twins, tuned = check(config)
-    jobs = [pretrain.open_run(stage) for stage in twins.values()]
-    tokenizer = jobs[0].prepared["tokenizer"]
-    return jobs + [finetune.open_run(stage, tokenizer) for stage in tuned.values()]
+    pretrained, tuned = check(config)
+    for name, stage in zip(config.methods, pretrained.values(), strict=True):
+        with _in_method(name):
+            pretrain.check(stage)  # of all, before the first folder is made
+    jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
+    return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
 
 
 def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], str]:
@@ -115,13 +131,17 @@ def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], 
     runs = [read_run(folder) for folder in folders]
     table = comparison(runs)
     root = config.run.path
+    stages = dict(zip(config.methods, pretrain_configs(config).values(), strict=True))
+    sparse = {name: f"{stage.sparsity.target:.0%} {name}" for name, stage in stages.items() if stage.sparsity.wants_masks}
     distances = {
-        "dense": cosine_distances(root / "pretrain-dense" / "export", root / "dense-to-dense" / "export"),
-        f"{config.sparsity:.0%} sparse": cosine_distances(root / "pretrain-sparse" / "export", root / "sparse-to-dense" / "export"),
+        sparse.get(name, name): cosine_distances(root / f"pretrain-{name}" / "export", root / f"{name}-to-dense" / "export")
+        for name in stages
+        if config.finetune is not None
     }
     write_atomically(root / "config.yaml", config.to_yaml())
     command = f"raysparse compare {config.run.folder}/{config.run.name}/config.yaml run.name={config.run.name}-again"
-    write_page(root / "report.html", f"raysparse: {config.sparsity:.0%} sparse against dense", runs, distances, Notes(commands=(command,)))
+    title = f"raysparse: {', '.join(sparse.values())} against dense"
+    write_page(root / "report.html", title, runs, distances, Notes(commands=(command,)))
     write_atomically(root / "table.md", table.markdown() + "\n")
     facts = {
         "report": str(root / "report.html"),
@@ -129,6 +149,26 @@ def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], 
         "distances": distances,
     }
     return facts, f"{table.terminal()}\nPlots and details: {root / 'report.html'}"
+
+
+@contextmanager
+def _in_method(name: str) -> Iterator[None]:
+    """A `ConfigError` in here says whose it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"methods.{name}: {error}") from None
+
+
+def _ends_sparse(config: PretrainConfig) -> bool:
+    """Whether there is a mask left to keep: MST's restoration leaves none."""
+    return config.sparsity.wants_masks and config.sparsity.timeline[-1].sparsity.at(Fraction(1)) > 0
+
+
+def _parent(stage: FinetuneConfig) -> str:
+    """The pre-training stage that a fine-tuning starts from."""
+    assert stage.model.path is not None
+    return Path(stage.model.path).name
 
 
 def _values(config: CompareConfig, stage: StageConfig, name: str, own: dict[str, Any]) -> dict[str, Any]:

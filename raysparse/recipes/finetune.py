@@ -15,7 +15,10 @@ from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
 from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology, unpack
 from raysparse.tasks import AnyTask
 from raysparse.tasks.generate import GenerationConfig
@@ -107,18 +110,25 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     splits = evaluate.load_examples(Path(job.prepared["examples"]))
     model = build(config.model, config.run.seed, len(tokenizer), config.context)
     sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
-    device = resolve_device(config.run)
-
-    def topology(sharded: Sharded) -> Topology | None:
-        return load_masks(folder / MASKS, sharded, device) if config.sparsity.masks == "keep" else None
-
+    device, keep = resolve_device(config.run), config.sparsity.masks == "keep"
     size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
     feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse}
+    tokens_per_step = config.training.sequences * config.context
+    agenda = Agenda(
+        sparsity=SparsityConfig(masks=str(folder / MASKS) if keep else None),
+        shapes=shapes,
+        steps=training.pace(config, tokens_per_step, feed.steps_per_epoch).steps,
+        tokens_per_step=tokens_per_step,
+        seed=config.run.seed,
+        nnz=nnz_of_bits(read_masks(str(folder / MASKS), folder)) if keep else {},
+    )
     parts = training.Ingredients(
         model=model,
-        sparse={name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse},
-        target=0.0 if config.sparsity.masks == "lift" else None,
-        topology=topology,
+        sparse=shapes,
+        target=None if keep else 0.0,
+        agenda=agenda,
+        topology=(lambda sharded: load_masks(folder / MASKS, sharded, device)) if keep else None,
         feed=feed,
         validation=PairValidation(splits["validation"], tokenizer, task, config.context, size),
         num_validation=size,

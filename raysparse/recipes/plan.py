@@ -1,7 +1,9 @@
 """What a run will be, before it is: layers, live weights, FLOPs, memory and bytes on the wire. Trains nothing, downloads nothing."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 
 from raysparse.models.build import blocks, flops_architecture, skeleton
 from raysparse.recipes import training
-from raysparse.recipes.pretrain import PretrainConfig, plan_of
-from raysparse.sparsity.flops import savings
+from raysparse.recipes.masks import nnz_of_bits
+from raysparse.recipes.pretrain import PretrainConfig, agenda_of, given_masks
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.flops import Architecture, Convention, Ledger, growth_flops, training_flops
 from raysparse.sparsity.plan import SparsityPlan
 from raysparse.train.run import resolve_device, resolve_dtype
 
@@ -40,13 +44,13 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     training.check_sizes(config)
     context = config.data.context
     model = skeleton(config.model, getattr(config.data.tokenizer, "vocab_size", None), context)
-    sparse, arch = plan_of(config, model), flops_architecture(model)
-    tokens_per_step = config.training.sequences * context
-    pace = training.pace(config, tokens_per_step, None)
-    saved = savings(arch, sparse.nnz, pace.steps * tokens_per_step, context, config.flops.convention)
+    agenda = agenda_of(config, model, nnz_of_bits(given_masks(config, model)))
+    sparsest, arch = sparsest_plan(agenda), flops_architecture(model)
+    pace = training.pace(config, agenda.tokens_per_step, None)
+    ledger = count_flops(agenda, arch, context, config.flops.convention)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     dtype = resolve_dtype(config.run, resolve_device(config.run))
-    memory = estimate_memory(config, model, sparse, dtype)
+    memory = estimate_memory(config, model, agenda, dtype)
     return {
         "verb": "pretrain",
         "config": config.model_dump(mode="json"),
@@ -54,31 +58,103 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "model": {"class": type(model).__name__, "parameters": sum(sizes.values()), "vocabulary": arch.vocab},
         "sparsity": {
             "target": config.sparsity.target,
-            "actual": sparse.sparsity,
-            "of_model": (sparse.size - sparse.total) / sum(sizes.values()),
-            "nnz": sparse.total,
-            "total": sparse.size,
+            "actual": sparsest.sparsity,
+            "of_model": (sparsest.size - sparsest.total) / sum(sizes.values()),
+            "nnz": sparsest.total,
+            "total": sparsest.size,
             "layers": [
-                {"name": name, "shape": list(shape), "nnz": sparse.nnz[name], "density": sparse.nnz[name] / prod(shape)}
-                for name, shape in sparse.shapes.items()
+                {"name": name, "shape": list(shape), "nnz": sparsest.nnz[name], "density": sparsest.nnz[name] / prod(shape)}
+                for name, shape in sparsest.shapes.items()
             ],
         },
-        "flops": saved.to_dict(),
+        "phases": [
+            {
+                "name": span.phase.name,
+                "steps": [span.first, span.end],
+                "evolution": span.rule.type,
+                "updates": len(span.updates),
+                "attention": span.phase.attention.type,
+                "attention_density": span.phase.attention.mean_density(context, arch.layers, arch.heads),
+            }
+            for span in agenda.spans
+        ],
+        "density": densities(agenda),
+        "mean_density": mean_density(agenda),
+        "mean_attention_density": training.mean_attention_density(agenda, arch, context),
+        "updates": len(agenda.update_steps),
+        "flops": ledger.savings().to_dict() | {"reduction_head_excluded": reduction_head_excluded(agenda, arch, config)},
         "steps": pace.steps,
         "warmup_steps": pace.warmup,
-        "tokens": pace.steps * tokens_per_step,
-        "tokens_per_step": tokens_per_step,
+        "tokens": pace.steps * agenda.tokens_per_step,
+        "tokens_per_step": agenda.tokens_per_step,
         "workers": config.run.workers,
         "memory_bytes_per_rank": vars(memory) | {"total": memory.total},
         "bytes_sent_per_rank_and_step": estimate_bytes_sent(config, model, dtype),
     }
 
 
-def estimate_memory(config: PretrainConfig, model: Any, sparse: SparsityPlan, dtype: torch.dtype) -> Memory:
+def sparsest_plan(agenda: Agenda) -> SparsityPlan:
+    """The plan of the first version with the fewest live weights; of all versions the one that decides what zeros can save."""
+    if not agenda.sparsity.wants_masks:
+        return SparsityPlan(agenda.shapes, {name: prod(shape) for name, shape in agenda.shapes.items()})
+    version = min(range(len(agenda.update_steps) + 1), key=lambda v: sum(agenda.plan(v).values()))
+    return SparsityPlan(agenda.shapes, agenda.plan(version))
+
+
+def segments(agenda: Agenda) -> list[tuple[int, int, int]]:
+    """(first step, end, version) of the spans in which neither masks nor phase change; an update's own step runs before it."""
+    masks = agenda.update_steps if agenda.sparsity.wants_masks else []
+    ends = sorted({*(step + 1 for step in masks), *(span.end for span in agenda.spans)})
+    return [(first, end, agenda.version(first) if masks else 0) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def densities(agenda: Agenda) -> list[tuple[int, float]]:
+    """(step, live share of the sparse weights from it on) wherever it changes."""
+    size = sum(map(prod, agenda.shapes.values()))
+    found: list[tuple[int, float]] = []
+    for first, _, version in segments(agenda):
+        density = sum(agenda.plan(version).values()) / size if agenda.sparsity.wants_masks else 1.0
+        if not found or found[-1][1] != density:
+            found.append((first, density))
+    return found
+
+
+def mean_density(agenda: Agenda) -> float:
+    """Live share of the sparse weights, over the steps of the run."""
+    points = [*densities(agenda), (agenda.steps, 0.0)]
+    return sum((after - step) * density for (step, density), (after, _) in pairwise(points)) / agenda.steps
+
+
+def count_flops(agenda: Agenda, arch: Architecture, context: int, convention: Convention) -> Ledger:
+    """FLOPs of the whole run, as the loop will add them up: each span at its own live weights and attention."""
+    ledger = Ledger(convention)
+    dense = training_flops(arch, 1.0, agenda.tokens_per_step, context, convention)
+    attention = [span.phase.attention.mean_density(context, arch.layers, arch.heads) for span in agenda.spans]
+    places = {id(span): density for span, density in zip(agenda.spans, attention, strict=True)}
+    for first, end, version in segments(agenda):
+        live = agenda.plan(version) if agenda.sparsity.wants_masks else {}
+        span = agenda.span(first)
+        counted = training_flops(arch, live, agenda.tokens_per_step, context, convention, places[id(span)])
+        last = end - 1  # the step of an update, if there is one
+        reads = agenda.sparsity.wants_masks and agenda.is_update(last) and span.rule.reads_gradient
+        growth = growth_flops(arch, live, agenda.tokens_per_step, context, convention) if reads else None
+        ledger.add(counted * (end - first), dense * (end - first), growth)
+    return ledger
+
+
+def reduction_head_excluded(agenda: Agenda, arch: Architecture, config: PretrainConfig) -> float:
+    """Dense / counted FLOPs of the blocks alone, were the head dense: what the same target saves on what every convention counts."""
+    shapes = {name: shape for name, shape in agenda.shapes.items() if name != arch.head}
+    nnz = {name: count for name, count in agenda.nnz.items() if name != arch.head}
+    blocks_only = Agenda.check(agenda.model_dump() | {"shapes": shapes, "nnz": nnz})
+    return count_flops(blocks_only, arch, config.data.context, config.flops.convention).savings().reduction_without_head
+
+
+def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: torch.dtype) -> Memory:
     """Bytes on one rank in a step.
 
-    Weights, gradients and both moments are float32, masks 1 byte a weight while training (1 bit at rest), all spread over the
-    shards. Gathered: what FSDP2 holds whole at a time, the root's weights and two blocks. Activations follow
+    Weights, gradients and both moments are float32, masks 1 byte a weight while training (1 bit at rest), twice where the topology
+    evolves, all spread over the shards. Gathered: what FSDP2 holds whole at a time, the root's weights and two blocks. Activations follow
     34 T b d bytes a block in 16 bits with fused attention (Korthikanti et al. 2022, arXiv:2205.05198, table 2, without the
     5 a T^2 b of unfused scores), twice that in 32 bits, plus three float32 copies of the logits.
     """
@@ -98,7 +174,7 @@ def estimate_memory(config: PretrainConfig, model: Any, sparse: SparsityPlan, dt
         weights=4 * total // shards,
         gradients=4 * total // owners,
         moments=8 * total // owners,
-        masks=(sparse.size if sparse.total < sparse.size else 0) // shards,
+        masks=sum(map(prod, agenda.shapes.values())) * agenda.sparsity.wants_masks * (2 if agenda.update_steps else 1) // shards,
         gathered=gathered,
         activations=blocks_now + 3 * 4 * tokens * model.config.vocab_size,
     )
@@ -132,6 +208,8 @@ def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
     for layer in sparsity["layers"]:
         shape = " x ".join(map(str, layer["shape"]))
         lines.append(f"{layer['name']:<{width}} {shape:>15} {layer['density']:>9.4f} {layer['nnz']:>14,}")
+    if len(facts["phases"]) > 1 or facts["updates"]:
+        lines += ["", *_timeline(facts)]
     lines += [
         "",
         f"model          {facts['model']['class']}, {facts['model']['parameters']:,} parameters",
@@ -140,10 +218,40 @@ def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
         f"length         {facts['steps']:,} steps x {facts['tokens_per_step']:,} tokens = {facts['tokens']:,} tokens; "
         f"warm-up {facts['warmup_steps']:,} steps",
         f"training FLOPs {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x fewer, "
-        f"{flops['reduction_without_head']:.2f}x without the head (convention {flops['convention']})",
+        f"{flops['reduction_head_excluded']:.2f}x with the head excluded, neither sparse nor counted (convention {flops['convention']})",
+        *_growth(facts),
         "               counted = if every zero were skipped; dense kernels skip none",
         f"per rank       of {facts['workers']} workers, estimated:",
         *(f"  {key:<13}{value / 2**20:>12,.1f} MiB" for key, value in facts["memory_bytes_per_rank"].items()),
         f"  sent a step {facts['bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB",
     ]
     return "\n".join(lines)
+
+
+def _growth(facts: Mapping[str, Any]) -> list[str]:
+    flops = facts["flops"]
+    if not flops["updates"]:
+        return []
+    return [f"               {flops['reduction_with_updates']:.2f}x with the dense gradients of {facts['updates']:,} updates counted"]
+
+
+def _timeline(facts: Mapping[str, Any], width: int = 60, height: int = 8) -> list[str]:
+    """The phases as a table, and the density over the run as a plot of characters."""
+    lines = [f"{'phase':<24} {'steps':>21} {'rule':<9} {'updates':>7}  attention"]
+    for phase in facts["phases"]:
+        steps = f"{phase['steps'][0]:,} to {phase['steps'][1]:,}"
+        attention = f"{phase['attention']} ({phase['attention_density']:.3f} of full)"
+        lines.append(f"{phase['name']:<24} {steps:>21} {phase['evolution']:<9} {phase['updates']:>7,}  {attention}")
+    points, steps = facts["density"], facts["steps"]
+    starts = [step for step, _ in points]
+    columns = [points[bisect_right(starts, round(i * (steps - 1) / (width - 1))) - 1][1] for i in range(width)]
+    lines += ["", f"density of the sparse weights over the run, {facts['mean_density']:.4f} in the mean:"]
+    for row in range(height, 0, -1):
+        eighths = [min(8, max(0, round(8 * (density * height - row + 1)))) for density in columns]
+        label = f"{row / height:>5.2f} " if row in (height, height // 2) else " " * 6
+        lines.append(f"{label}|{''.join(_BARS[n] for n in eighths)}")
+    return [*lines, f" 0.00 +{'-' * width}", f"       0{f'{steps:,} steps':>{width - 1}}"]
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
+"""A column's eighths."""

@@ -1,20 +1,32 @@
-"""Pre-train a model from scratch (or go on from one) on a stream of text, dense or with static masks."""
+"""Pre-train a model from scratch (or go on from one) on a stream of text, dense or with masks, static or evolving."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from raysparse.config import Config, together
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raysparse.config import Config, ConfigError, together
 from raysparse.data.sources import Hub
 from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, TokenFile, TokenValidation, num_windows, prepare
 from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
 from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.masks import nnz_of_bits, read_masks
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.flops import Convention
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
-from raysparse.sparsity.topology import Topology
+from raysparse.sparsity.topology import Topology, pack, unpack
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
+
+FIRST_MASKS = "first_masks.safetensors"
+"""In the folder of a run whose first masks were given: those masks, bit-packed."""
 
 
 class FlopsConfig(Config):
@@ -32,24 +44,95 @@ class PretrainConfig(training.TrainingRunConfig):
     flops: FlopsConfig = FlopsConfig()
 
 
-def plan_of(config: PretrainConfig, model: Any) -> SparsityPlan:
-    """Live weights of each sparse layer of a model (its shapes are enough: the meta device will do)."""
+def sparse_shapes(config: PretrainConfig, model: Any) -> dict[str, tuple[int, int]]:
+    """[rows, cols] of each weight that is to be sparse (the meta device will do).
+
+    Raises:
+        ConfigError: name patterns that match nothing, or shapes that the pattern does not fit.
+    """
     names = select(model, config.sparsity.include, config.sparsity.exclude)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return SparsityPlan.build({name: shapes[name] for name in names}, config.sparsity)
+    if config.sparsity.wants_masks:
+        shards = max(1, config.run.workers // config.sharding.replicas) if config.sharding.type == "fsdp2" else 1
+        checks = [lambda name=name: config.sparsity.pattern.check_shape(name, shapes[name], shards) for name in names]
+        together(*checks)
+    return {name: shapes[name] for name in names}
+
+
+def agenda_of(config: PretrainConfig, model: Any, nnz: Mapping[str, int] | None = None) -> Agenda:
+    """What will happen to the topology.
+
+    Args:
+        nnz: live weights of each layer, where masks are given.
+
+    Raises:
+        ConfigError: see `sparse_shapes`, `SparsityPlan.build` and `Agenda.spans`.
+    """
+    tokens_per_step = config.training.sequences * config.data.context
+    steps = training.pace(config, tokens_per_step, None).steps
+    shapes = sparse_shapes(config, model)
+    agenda = Agenda(
+        sparsity=config.sparsity, shapes=shapes, steps=steps, tokens_per_step=tokens_per_step, seed=config.run.seed, nnz=dict(nnz or {})
+    )
+    together(lambda: agenda.spans, lambda: SparsityPlan.build(shapes, config.sparsity))
+    return agenda
+
+
+def given_masks(config: PretrainConfig, model: Any) -> dict[str, Tensor]:
+    """Bit-packed masks that the run starts from instead of drawing some: of `sparsity.masks`, or the nonzeros of `model.path`.
+
+    Raises:
+        ConfigError: none there, of other weights, or of another sparsity than `sparsity.target` asks for.
+    """
+    sparsity = config.sparsity
+    if not sparsity.given:
+        return {}
+    shapes = sparse_shapes(config, model)
+    if sparsity.masks is not None:
+        source = sparsity.masks
+        found = read_masks(source, Path(config.run.folder))
+    elif config.model.path is not None:
+        source = config.model.path
+        whole = dict(build(config.model, config.run.seed, context=config.data.context).named_parameters())
+        found = {name: pack(whole[name] != 0) for name in shapes}
+    else:
+        raise ConfigError("Expected model.path for evolution zeros: the checkpoint whose zeros stay zero. Got a preset. Set model.path.")
+    wrong = sorted(found.keys() ^ shapes.keys())
+    wrong += [name for name in shapes if name in found and tuple(found[name].shape) != (shapes[name][0], -(-shapes[name][1] // 8))]
+    if wrong:
+        raise ConfigError(
+            f"Expected masks of the {len(shapes)} sparse weights in {source}. Got {len(wrong)} that differ, such as {wrong[0]}. "
+            "Use masks of this model, or set sparsity.include and exclude to the weights that have masks."
+        )
+    live, size = sum(nnz_of_bits(found).values()), sum(map(prod, shapes.values()))
+    if sparsity.target and abs(1 - live / size - sparsity.target) > 1e-3:
+        raise ConfigError(
+            f"Expected masks of sparsity {sparsity.target} in {source}. Got {1 - live / size:.4f}. "
+            "Set sparsity.target=0 to take them as they are."
+        )
+    return {name: found[name] for name in shapes}
+
+
+def _name_masks(masks: Mapping[str, Tensor]) -> str:
+    """A hash of bit-packed masks."""
+    digest = hashlib.sha256()
+    for name, bits in masks.items():
+        digest.update(name.encode() + bits.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check(config: PretrainConfig) -> Prepared:
     """Everything that can be wrong, found on the driver before any worker starts; tokenizes the data (cached)."""
     vocab_size = getattr(config.data.tokenizer, "vocab_size", None)
-    together(
-        lambda: training.check_sizes(config),
-        lambda: training.pace(config, config.training.sequences * config.data.context, None),
-        lambda: plan_of(config, skeleton(config.model, vocab_size, config.data.context)),
-        lambda: check_sources(config),
-    )
+
+    def check_model() -> None:
+        model = skeleton(config.model, vocab_size, config.data.context)
+        agenda = agenda_of(config, model, nnz_of_bits(given_masks(config, model)))
+        training.hybrid_attention(agenda, model, resolve_device(config.run))
+
+    together(lambda: training.check_sizes(config), check_model, lambda: check_sources(config))
     prepared = prepare(config.data)
-    plan_of(config, skeleton(config.model, prepared.vocab_size, config.data.context))
+    agenda_of(config, skeleton(config.model, prepared.vocab_size, config.data.context))
     return prepared
 
 
@@ -58,7 +141,13 @@ def open_run(config: PretrainConfig) -> Job:
     check_folder("pretrain", config, config.run)
     prepared = check(config)
     content = {"tokens": Path(prepared.train).parent.parent.name}
-    return open_job("pretrain", config, config.run, asdict(prepared), content)
+    given = given_masks(config, skeleton(config.model, prepared.vocab_size, config.data.context))
+    if given:
+        content["masks"] = _name_masks(given)
+    job = open_job("pretrain", config, config.run, asdict(prepared), content)
+    if given:  # the workers read this copy, whatever becomes of the source
+        save_file(given, str(job.path / FIRST_MASKS))
+    return job
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
@@ -82,22 +171,25 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     """Train on this rank; rank 0 writes the model in Hugging Face format and returns the run's summary."""
     config, data = PretrainConfig.check(job.config), Prepared(**job.prepared)
     model = build(config.model, config.run.seed, data.vocab_size, config.data.context)
-    plan = plan_of(config, model)
-    device = resolve_device(config.run)
+    given = load_file(str(job.path / FIRST_MASKS)) if config.sparsity.given else {}
+    agenda = agenda_of(config, model, nnz_of_bits(given))
 
-    def topology(sharded: Sharded) -> Topology | None:
-        if plan.total == plan.size:
-            return None
-        rows = {name: sharded.parts[name].rows for name in plan.shapes}
-        return Topology.random(plan, rows, config.run.seed, sharded.ranks, device)
+    def topology(sharded: Sharded) -> Topology:
+        rows = {name: sharded.parts[name].rows for name in agenda.shapes}
+        if given:
+            device = sharded.parts[next(iter(rows))].local.device
+            masks = {n: unpack(given[n][here.first : here.first + here.count], here.cols).to(device) for n, here in rows.items()}
+            return Topology(agenda.shapes, rows, masks)
+        return first_topology(agenda, rows, sharded.local, sharded.ranks)
 
     validation = TokenFile.open(data.validation)
     num_validation = min(config.training.validation_sequences, num_windows(validation, config.data.context))
     parts = training.Ingredients(
         model=model,
-        sparse=plan.shapes,
-        target=config.sparsity.target,
-        topology=topology,
+        sparse=agenda.shapes,
+        target=None if given else config.sparsity.target,
+        agenda=agenda,
+        topology=topology if config.sparsity.wants_masks else None,
         feed=TokenFeed(TokenFile.open(data.train), config.data.context, config.training.sequences, config.run.seed),
         validation=TokenValidation(validation, config.data.context, num_validation),
         num_validation=num_validation,

@@ -19,18 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raysparse import __version__
+from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
+from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
+from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
-from raysparse.sparsity.flops import Convention, Ledger
+from raysparse.sparsity.flops import Architecture, Convention, Ledger
 from raysparse.sparsity.topology import Topology, pack
-from raysparse.train import length, metrics
+from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
-from raysparse.train.loop import Pace, State, Training, TrainingConfig, train
+from raysparse.train.keeper import Keeper
+from raysparse.train.loop import HISTORY, Pace, State, Training, TrainingConfig, train
 from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
@@ -61,8 +64,6 @@ def check_sizes(config: TrainingRunConfig) -> None:
             f"Use run.workers={near}, or training.sequences={-(-sequences // workers) * workers}."
         )
     config.sharding.check_workers(workers)
-    if config.run.parity and config.sharding.type == "fairscale":
-        raise ConfigError("Expected sharding.type=fsdp2 or none with run.parity. Got fairscale, whose reductions are not exact.")
 
 
 def pace(config: TrainingRunConfig, tokens_per_step: int, steps_per_epoch: int | None) -> Pace:
@@ -96,14 +97,16 @@ class Ingredients:
         model: built alike on every rank, float32, on the CPU.
         sparse: whole shapes of the weights that may be sparse (all of them live in a dense run).
         target: the sparsity that was asked for; None where masks came with the model.
-        topology: sharded model -> its masks, or None to train dense.
+        agenda: phases of the run, and what happens to the masks.
+        topology: sharded model -> the first masks; None to train dense.
         convention: how FLOPs are counted.
     """
 
     model: Any
     sparse: Mapping[str, Shape]
     target: float | None
-    topology: Callable[[Sharded], Topology | None]
+    agenda: Agenda
+    topology: Callable[[Sharded], Topology] | None
     feed: Feed
     validation: Feed
     num_validation: int
@@ -117,22 +120,31 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     device = resolve_device(config.run)
     if config.training.activation_checkpointing:
         parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+    hybrid = hybrid_attention(parts.agenda, parts.model, device)
     units = blocks(parts.model)
     if config.training.compile:
         for unit in units.values():
             unit.compile()
     sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
-    topology = parts.topology(sharded)
+    topology = None if parts.topology is None else parts.topology(sharded)
     if topology is not None:
         topology.kill({name: sharded.local[name] for name in topology.masks})
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity)
-    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology)
-    state, ledger = State(), Ledger(parts.convention)
+    evolving = bool(parts.agenda.update_steps)
+    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, evolving)
+    state, ledger, history = State(), Ledger(parts.convention), []
     if (found := checkpointer.newest()) is not None:
         extra = checkpointer.load(found)
         state = State(**extra["state"])
         ledger = Ledger.from_dict(extra["ledger"])
+        history = [json.loads(line) for line in (found / HISTORY).read_text().splitlines()] if topology is not None else []
         run.show({"text": f"{job.path.name}: going on from {found.name}"})
+    keeper = None
+    if topology is not None:
+        keeper = Keeper(parts.agenda, topology, sharded, optimizer, lambda: run.manager(job.path / HISTORY))
+        keeper.begin(state.step, history)
+        if found is not None:
+            keeper.published(str(found), state.step)
     if run.rank == 0:
         metrics.rewind(job.path, state.step)
     training = Training(
@@ -145,19 +157,31 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         pace=pace(config, config.training.sequences * parts.tokens_per_sequence, parts.steps_per_epoch),
         sharded=sharded,
         optimizer=optimizer,
-        topology=topology,
+        agenda=parts.agenda,
+        keeper=keeper,
+        hybrid=hybrid,
         feed=parts.feed,
         validation=parts.validation,
         num_validation=parts.num_validation,
+        context=parts.tokens_per_sequence,
         arch=flops_architecture(parts.model),
         ledger=ledger,
-        nnz={} if topology is None else topology.nnz(sharded.ranks),
         checkpointer=checkpointer,
         meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
         run=run,
         guard=lambda: check_claim(job),
     )
     return training, state
+
+
+def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:
+    """Attention that follows the phases, where any of them asks for more than full attention.
+
+    Raises:
+        ConfigError: a model that does not let its attention be replaced, or a setting that the kernels do not have.
+    """
+    wanted = any(span.phase.attention.type != "full" for span in agenda.spans)
+    return HybridAttention.install(model, device) if wanted else None
 
 
 def carry_out(
@@ -225,6 +249,7 @@ def summarize(
                 for name, shape in sparse.items()
             ],
         },
+        "topology": history_of(t, state.step),
         "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.dense.total},  # dense kernels multiply every zero
         "steps": state.step,
         "tokens": state.tokens,
@@ -233,6 +258,31 @@ def summarize(
         "bytes_sent": int(sent),
         "peak_memory_bytes": int(peak),
     }
+
+
+def history_of(t: Training, steps: int) -> dict[str, Any]:
+    """What the topology went through in `steps` steps, means taken over steps; empty where there are no masks, or on other ranks than 0."""
+    if t.keeper is None or not (history := t.keeper.history()):
+        return {}
+    updates = history[1:]
+    total = sum(map(prod, t.keeper.topology.shapes.values()))
+    ends = [record["step"] + 1 for record in updates] + [steps]  # the step of an update still runs with the masks before it
+    spans = [(end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    return {
+        "updates": len(updates),
+        "skipped": sum(record["skipped"] is not None for record in updates),
+        "explored": history[-1]["explored"],
+        "mean_churn": sum(record["churn"] for record in updates) / max(1, len(updates)),
+        "seconds_per_update": sum(record["seconds"] for record in updates) / max(1, len(updates)),
+        "mean_density": sum(span * sum(r["nnz"].values()) for span, r in zip(spans, history, strict=True)) / total / max(1, steps),
+        "mean_attention_density": mean_attention_density(t.agenda, t.arch, t.context),
+    }
+
+
+def mean_attention_density(agenda: Agenda, arch: Architecture, context: int) -> float:
+    """Share of full causal attention that a run computes, over its steps."""
+    of = [(span.end - span.first) * span.phase.attention.mean_density(context, arch.layers, arch.heads) for span in agenda.spans]
+    return sum(of) / agenda.steps
 
 
 def header(job: Job, config: Config, run: Run) -> dict[str, Any]:

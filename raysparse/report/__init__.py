@@ -1,15 +1,17 @@
 """What a set of finished runs says, beside each other: tables, plots, distances between weights, and one HTML page.
 
-A run is a folder that a recipe wrote: `summary.json` (one object), `metrics.jsonl` (one object a line) and, after
-fine-tuning, optionally `predictions.jsonl` (one ``{"hypothesis": str, "references": [str, ...]}`` a test example, in the
-order of the test set), which is what lets a difference of two systems be judged.
+A run is a folder that a recipe wrote: `summary.json` (one object), `metrics.jsonl` (one object a line), of a run with masks
+`topology.jsonl` (a header, then one object a version of the topology) and, after fine-tuning, optionally `predictions.jsonl`
+(one ``{"hypothesis": str, "references": [str, ...]}`` a test example, in the order of the test set), which is what lets a
+difference of two systems be judged.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from raysparse.config import ConfigError
@@ -22,6 +24,10 @@ _NUMBERS = (
     *("steps", "tokens", "seconds", "tokens_per_s", "bytes_sent", "peak_memory_bytes", "workers"),
 )
 _OTHERS = ("sparsity.layers", "versions")
+_OF_MASKS = (
+    *("topology.updates", "topology.skipped", "topology.explored"),
+    *("topology.mean_density", "topology.mean_attention_density", "flops.reduction_with_updates"),
+)
 _OF_VERB = {
     "pretrain": ((), ("data.unigram_cross_entropy", "data.train_tokens"), ()),
     "finetune": (("parent", "task.name", "task.primary"), ("task.num_examples",), ("task.scores", "task.baseline")),
@@ -33,12 +39,14 @@ class Run:
     """One finished run.
 
     ``summary`` is `summary.json`; ``train`` and ``validation`` are the two kinds of line of `metrics.jsonl`, in order of
-    step; ``predictions`` are pairs of a hypothesis and its references, or None where the run left none.
+    step; ``history`` are the versions of the topology, the first masks first, empty without masks; ``predictions`` are pairs of
+    a hypothesis and its references, or None where the run left none.
     """
 
     summary: dict[str, Any]
     train: tuple[dict[str, Any], ...] = ()
     validation: tuple[dict[str, Any], ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
     predictions: tuple[tuple[str, tuple[str, ...]], ...] | None = None
 
     @property
@@ -69,6 +77,27 @@ class Run:
         return self.summary["loss"]["validation"]
 
     @property
+    def topology(self) -> dict[str, Any]:
+        """What the masks went through, as `summary.json` tells it; empty where it tells nothing."""
+        return self.summary.get("topology", {})
+
+    @property
+    def density(self) -> float:
+        """Mean live share of the sparse weights over the steps of the run."""
+        return self.topology.get("mean_density", self.summary["sparsity"]["nnz"] / self.summary["sparsity"]["total"])
+
+    @property
+    def attention_density(self) -> float:
+        """Mean computed share of full causal attention: over the steps, or over the logged ones where the summary tells nothing."""
+        logged = [record.get("attention_density", 1.0) for record in self.train]
+        return self.topology.get("mean_attention_density", fmean(logged or [1.0]))
+
+    @property
+    def evolves(self) -> bool:
+        """Whether more than static masks made it sparse: updates of the topology, or sparse attention."""
+        return self.topology.get("updates", 0) > 0 or self.attention_density < 1
+
+    @property
     def score(self) -> float:
         """The task's primary metric (fine-tuning runs)."""
         return self.summary["task"]["scores"][self.summary["task"]["primary"]]
@@ -93,16 +122,22 @@ def read_run(folder: str | Path) -> Run:
                 f"Got {', '.join(record) or 'no keys'}. Mend or remove the line."
             )
         (validation if "validation_loss" in record else train)[record["step"]] = record
+    history = tuple(_history(folder / "topology.jsonl")) if (folder / "topology.jsonl").is_file() else ()
     predictions = None
     if (folder / "predictions.jsonl").is_file():
         predictions = tuple(_prediction(folder, number, record) for number, record in _lines(folder / "predictions.jsonl"))
     in_order = [tuple(kind[step] for step in sorted(kind)) for kind in (train, validation)]
-    return Run(summary, in_order[0], in_order[1], predictions)
+    return Run(summary, in_order[0], in_order[1], history, predictions)
 
 
-def runs_of(runs: Iterable[Run], verb: str) -> list[Run]:
-    """The runs of one verb, dense first, then by sparsity and name."""
-    return sorted((run for run in runs if run.verb == verb), key=lambda run: (run.sparsity, run.name))
+def runs_of(runs: Sequence[Run], verb: str) -> list[Run]:
+    """The runs of one verb, dense first, then by sparsity and by that of the parent; equal ones in the order given."""
+
+    def key(run: Run) -> tuple[float, float]:
+        parent = parent_of(run, runs)
+        return run.sparsity, parent.sparsity if parent else 0.0
+
+    return sorted((run for run in runs if run.verb == verb), key=key)
 
 
 def parent_of(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -181,6 +216,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if verb not in _OF_VERB:
         raise ConfigError(f"Expected the verb pretrain or finetune in {path}. Got {verb!r}. Only these runs are compared.")
     texts, numbers, others = _OF_VERB[verb]
+    numbers += _OF_MASKS if summary.get("topology") else ()
     kinds = (
         (str, "text", _TEXT + texts),
         ((int, float), "a number", _NUMBERS + numbers),
@@ -207,7 +243,7 @@ def _at(summary: Any, key: str) -> Any:
     return summary
 
 
-def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise ConfigError(f"Expected a file at {path}. Got none there. Name the folder of a finished run.")
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -222,6 +258,19 @@ def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise ConfigError(f"Expected a JSON object in line {number} of {path}. Got {got}. Mend or remove the line.")
         yield number, record
+
+
+def _history(path: Path) -> Iterator[dict[str, Any]]:
+    """The versions of the topology, without the header before them."""
+    for number, record in _lines(path):
+        keys = {"attempt"} if number == 1 else {"step", "sparsity", "churn"}
+        if keys - record.keys():
+            raise ConfigError(
+                f"Expected {', '.join(sorted(keys))} in line {number} of {path}. Got {', '.join(record) or 'no keys'}. "
+                "Restore the file, or remove it: the plots of the topology then say less."
+            )
+        if number > 1:
+            yield record
 
 
 def _prediction(folder: Path, number: int, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -8,9 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 from raysparse.report import Run, bytes_text, dense_twin, parent_of, path_of, percent, reduction, runs_of
+from raysparse.report.budget import equal_flops_text
+from raysparse.report.difference import Difference, loss_difference, task_difference
 from raysparse.report.distance import heat_map
-from raysparse.report.plots import cost_bars, distance_maps, layer_sparsity, loss_curves
-from raysparse.report.table import NO_TIME_SAVED, Block, Difference, comparison, loss_difference, task_difference
+from raysparse.report.evolving import phases, topology_curves
+from raysparse.report.plots import cost_bars, distance_maps, flops_curves, layer_sparsity, loss_curves
+from raysparse.report.table import NO_TIME_SAVED, Block, comparison
 
 LOWER_IS_BETTER = ("ter", "perplexity", "loss", "wer")
 
@@ -65,16 +68,23 @@ def _answer(runs: Sequence[Run]) -> Iterator[str]:
             continue
         if run.verb == "pretrain":
             about = "Validation loss against dense, and counted training FLOPs"
-            change = f"at {percent(run.sparsity)} sparsity {_judged(loss_difference(run, twin), 4)}"
+            change = f"{run.name} at {percent(run.sparsity)} sparsity {_judged(loss_difference(run, twin), 4)}"
         else:
             task = run.summary["task"]
             about = f"{task['primary']} on {task['name']} against the dense pair, and counted FLOPs end to end"
-            change = f"{path_of(run, runs)} {_judged(task_difference(run, twin), 2)}"
-        found.setdefault(about, []).append(change + (f", {times:.2f}x fewer" if times else ""))
+            change = f"{run.name} ({path_of(run, runs)}) {_judged(task_difference(run, twin), 2)}"
+        found.setdefault(about, []).append(change + (f", {times:.2f}x fewer" if times else "") + _with_updates(run))
     if not found:
         yield "No run here has a dense twin to be compared with; the tables say what each did by itself."
     for about, changes in found.items():
         yield f"{about}: {'; '.join(changes)}."
+
+
+def _with_updates(run: Run) -> str:
+    updates = run.topology.get("updates", 0)
+    return (
+        f" ({run.summary['flops']['reduction_with_updates']:.2f}x with the dense gradients of its {updates:,} updates)" if updates else ""
+    )
 
 
 def _judged(difference: Difference, digits: int) -> str:
@@ -89,6 +99,8 @@ def _negative(runs: Sequence[Run], time: str) -> list[str]:
         dense = run.sparsity == 0 and (run.verb == "pretrain" or getattr(parent_of(run, runs), "sparsity", 1) == 0)
         if math.isnan(run.validation_loss):
             found.append(f"{run.name} diverged: its validation loss is not a number.")
+        if skipped := run.topology.get("skipped", 0):
+            found.append(f"{run.name} changed nothing in {skipped:,} of {run.topology['updates']:,} updates: a gradient was not finite.")
         if twin is None and not dense:
             found.append(f"{run.name} has no dense twin here: what its sparsity cost cannot be said.")
         found += _worse_loss(run, twin) if run.verb == "pretrain" else _worse_score(run, twin)
@@ -125,12 +137,31 @@ def _plots(runs: Sequence[Run], distances: Mapping[str, Mapping[str, float]]) ->
     if finetuned:
         see = "a validation curve that turns up while training goes down is over-fitting"
         yield _figure(loss_curves(finetuned), f"Fine-tuning: lines are training, markers validation; {see}.")
-    if sparse := [run for run in pretrained if run.sparsity > 0]:
-        yield _figure(layer_sparsity(sparse), "Equal bars mean that every weight matrix lost the same share of its weights.")
+    if sentence := equal_flops_text(pretrained):
+        see = f"of two curves in the lower picture the lower one is better for the same counted FLOPs. {sentence}"
+        yield _figure(
+            flops_curves(pretrained), f"Counted FLOPs spent, and loss over them (the dotted line: all that the cheapest spent): {see}"
+        )
+    if any(run.evolves for run in pretrained):
+        yield _figure(topology_curves(pretrained), _topology_caption(pretrained))
+    if any(run.summary["sparsity"]["actual"] > 0 for run in pretrained):
+        yield _figure(layer_sparsity(pretrained), "Equal bars mean that every weight matrix lost the same share of its weights.")
     if distances:
         yield _figure(distance_maps(distances), _distance_caption(distances))
     if pretrained:
         yield _figure(cost_bars(pretrained), "Measured, not counted: bars of equal length mean that masks saved nothing.")
+
+
+def _topology_caption(runs: Sequence[Run]) -> str:
+    timelines = [
+        f" Phases of {run.name}: {', '.join(f'{number} {span.name}' for number, span in enumerate(spans, start=1))}."
+        for run in runs
+        if len(spans := phases(run)) > 1
+    ]
+    return (
+        "Live share of the sparse weights; share of the live weights that an update brought to life; computed share of full causal "
+        f"attention.{''.join(timelines)}"
+    )
 
 
 def _distance_caption(distances: Mapping[str, Mapping[str, float]]) -> str:
@@ -203,7 +234,7 @@ main .table p { max-width: 120ch; color: var(--soft); font-size: .85rem; margin:
 .scroll { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-size: .875rem; white-space: nowrap; }
 table { font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
 thead th { color: var(--soft); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); background-clip: padding-box; }

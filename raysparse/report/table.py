@@ -9,152 +9,25 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-import numpy as np
 
 from raysparse.config import ConfigError
 from raysparse.report import Run, bytes_text, dense_twin, end_to_end, path_of, percent, reduction, runs_of
-from raysparse.tasks.metrics import METRICS, MetricName, streams
+from raysparse.report.budget import equal_flops_text
+from raysparse.report.difference import loss_difference, score_interval, task_difference
 
 WIDTH = 110
 NO_TIME_SAVED = "masks on dense kernels saved no time here"
 
-
-@dataclass(frozen=True)
-class Difference:
-    """A run minus its dense twin; ``low`` and ``high`` bound it with 95 % confidence, None where that is not known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def within_noise(self) -> bool | None:
-        return None if self.low is None or self.high is None else self.low <= 0 <= self.high
-
-    def text(self, digits: int) -> str:
-        return f"{self.value:+.{digits}f}" + {None: " ?", True: " ≈", False: ""}[self.within_noise]
-
-
-def paired_bootstrap(
-    metric: str,
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    references: Sequence[Sequence[str]],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Difference:
-    """A metric of ``ours`` minus that of ``theirs`` with its 95 % percentile interval (Koehn 2004, EMNLP, section 3).
-
-    Every resample draws as many examples as there are, with replacement, the same ones for both systems. The metric of a corpus
-    is a function of sums over its examples (BLEU, chrF: n-gram matches and counts; ROUGE-L, exact match: the scores
-    themselves), so the text is read once and a resample is a weighted sum ``[N] @ [N, sums]``.
-
-    Args:
-        metric: one of `JUDGED`.
-        ours, theirs: [N] outputs for the same N examples.
-        references: [N], one or more texts each.
-    """
-    if not len(ours) == len(theirs) == len(references) or not references:
-        raise ConfigError(
-            f"Expected outputs of two systems for the same examples. Got {len(ours)}, {len(theirs)} and {len(references)} "
-            "references. Evaluate both on the same split."
-        )
-    (first, second), whole = _resampled(metric, (ours, theirs), references, resamples, seed)
-    low, high = np.percentile(first - second, [2.5, 97.5]).tolist()
-    return Difference(whole[0] - whole[1], low, high)
-
-
-def _resampled(
-    metric: str, systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]], resamples: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, list[float]]:
-    """Scores of each system on every resample, [systems, resamples], and on all examples."""
-    sums, score = _mean_sums(metric) if metric in ("rouge_l", "exact_match") else _corpus_sums(metric)
-    all_sums = np.stack([sums(outputs, references) for outputs in systems])
-    n, generator = len(references), np.random.default_rng(seed)
-    scores = np.empty((len(systems), resamples))
-    for k in range(resamples):
-        weight = np.bincount(generator.integers(n, size=n), minlength=n)
-        scores[:, k] = [score(total) for total in weight @ all_sums]
-    return scores, [score(total) for total in all_sums.sum(axis=1)]
-
-
-def score_interval(run: Run) -> str:
-    """The 95 % bootstrap interval of a run's primary metric, as text; a dash where it cannot be judged."""
-    metric = run.summary["task"]["primary"]
-    if run.predictions is None or metric not in JUDGED:
-        return "–"
-    scores, _ = _resampled(metric, [[text for text, _ in run.predictions]], [texts for _, texts in run.predictions])
-    low, high = np.percentile(scores[0], [2.5, 97.5])
-    return f"{low:.2f} to {high:.2f}"
-
-
-JUDGED = ("bleu", "bleu_lowercase", "chrf", "rouge_l", "exact_match")
-"""Metrics whose differences `paired_bootstrap` can judge."""
-
-Sums = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-
-
-def _corpus_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
-    """BLEU and chrF by sacrebleu: the statistics of each example, [N, some], and the score of their total, as its own
-    bootstrap adds them up."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    scorer: Any = CHRF() if metric == "chrf" else BLEU(lowercase=metric == "bleu_lowercase", force=True)
-
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        return np.array(scorer._extract_corpus_statistics(outputs, streams(references)), dtype=np.float64)
-
-    return sums, lambda total: scorer._compute_score_from_stats(total.astype(int).tolist()).score
-
-
-def _mean_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
-    """A metric that is a mean over examples: [N, 2] of (score, 1)."""
-    one = METRICS[cast(MetricName, metric)]
-
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        return np.array([[one([output], [texts]), 1.0] for output, texts in zip(outputs, references, strict=True)])
-
-    return sums, lambda total: float(total[0] / total[1])
-
-
-def loss_difference(run: Run, twin: Run) -> Difference:
-    """Validation loss of ``run`` minus that of ``twin``, judged by ``loss.validation_stderr`` (over windows) if both have it.
-
-    The two errors are taken as independent: +-1.96 sqrt(a^2 + b^2). Both runs read the same windows, so the interval is too
-    wide rather than too narrow.
-    """
-    value = run.validation_loss - twin.validation_loss
-    errors = [side.summary["loss"].get("validation_stderr") for side in (run, twin)]
-    if None in errors or math.isnan(value):
-        return Difference(value)
-    half = 1.96 * math.hypot(*errors)
-    return Difference(value, value - half, value + half)
-
-
-def task_difference(run: Run, twin: Run) -> Difference:
-    """Primary metric of ``run`` minus that of ``twin``, judged by `paired_bootstrap` where both kept predictions."""
-    value = run.score - twin.score
-    metric = run.summary["task"]["primary"]
-    if metric not in JUDGED or run.predictions is None or twin.predictions is None:
-        return Difference(value)
-    if [references for _, references in run.predictions] != [references for _, references in twin.predictions]:
-        raise ConfigError(
-            f"Expected predictions of {run.name} and {twin.name} for the same references. Got different ones. "
-            "Evaluate both on the same split."
-        )
-    ours, theirs = ([hypothesis for hypothesis, _ in side.predictions or ()] for side in (run, twin))
-    judged = paired_bootstrap(metric, ours, theirs, [references for _, references in run.predictions])
-    if abs(judged.value - value) > 0.1:
-        raise ConfigError(
-            f"Expected the {metric} difference {value:+.2f} of {run.name} and {twin.name} from their predictions. "
-            f"Got {judged.value:+.2f}. predictions.jsonl belongs to another split or scorer: evaluate again."
-        )
-    return Difference(value, judged.low, judged.high)
+_STATIC = (
+    *("run", "sparsity", "nnz", "val. loss", "vs dense", "perplexity", "FLOPs", "reduction", "without head"),
+    *("seconds", "tokens/s", "sent/rank"),
+)
+_EVOLVING = (
+    *("run", "nnz", "density", "attention", "val. loss", "vs dense", "perplexity", "FLOPs", "reduction", "with updates"),
+    *("updates", "explored", "seconds", "sent/rank"),
+)
 
 
 @dataclass(frozen=True)
@@ -252,27 +125,22 @@ def _same_work(run: Run, other: Run) -> bool:
 
 
 def _after_pretraining(pretrained: Sequence[Run], runs: Sequence[Run]) -> Block:
-    columns = ("run", "sparsity", "nnz", "val. loss", "vs dense", "perplexity", "FLOPs", "reduction", "without head")
-    rows, unigram = [], set()
-    for run in pretrained:
-        summary, twin = run.summary, dense_twin(run, runs)
-        unigram.add(summary["data"]["unigram_cross_entropy"])
-        rows.append(
-            (
-                *(run.name, percent(run.sparsity), f"{summary['sparsity']['nnz']:,}", f"{run.validation_loss:.4f}"),
-                *(loss_difference(run, twin).text(4) if twin else "", f"{summary['loss']['perplexity']:,.2f}"),
-                *(f"{run.counted:.3e}", f"{reduction(run, runs):.2f}x", f"{summary['flops']['reduction_without_head']:.2f}x"),
-                *(f"{run.seconds:,.0f}", f"{summary['tokens_per_s']:,.0f}", bytes_text(summary["bytes_sent"])),
-            )
-        )
-    columns += ("seconds", "tokens/s", "sent/rank")
-    rows += [("unigram (train data)", "", "", f"{loss:.4f}", "", f"{math.exp(loss):,.2f}", *[""] * 6) for loss in sorted(unigram)]
+    evolving = any(run.evolves for run in pretrained)
+    cells = [_pretraining_cells(run, runs) for run in pretrained]
+    unigram = sorted({run.summary["data"]["unigram_cross_entropy"] for run in pretrained})
+    cells += [{"run": "unigram (train data)", "val. loss": f"{loss:.4f}", "perplexity": f"{math.exp(loss):,.2f}"} for loss in unigram]
+    columns = _EVOLVING if evolving else _STATIC
+    rows = tuple(tuple(row.get(column, "") for column in columns) for row in cells)
     conventions = ", ".join(sorted({run.summary["flops"]["convention"] for run in pretrained}))
     notes = [
         f"FLOPs are counted training FLOPs (convention: {conventions}): what the steps would take if zeros were skipped; dense "
         "kernels with masks execute the dense number. Reduction is dense / counted. Loss in nats a token; unigram is the "
         "loss of knowing word frequencies alone.",
-        *_marks(rows, "the 95 % interval of the difference by the standard error over validation windows holds zero"),
+        *(_evolving_notes(pretrained) if evolving else ()),
+        *_marks(
+            (row.get("vs dense", "") for row in cells),
+            "the 95 % interval of the difference by the standard error over validation windows holds zero",
+        ),
     ]
     if sum(run.sparsity == 0 for run in pretrained) > 1:
         notes.append("Of several dense runs of one model, the one with the lowest validation loss is compared with.")
@@ -280,7 +148,43 @@ def _after_pretraining(pretrained: Sequence[Run], runs: Sequence[Run]) -> Block:
         notes.append("These runs did not train on equally many tokens: a difference of losses is not sparsity's alone.")
     if len(unigram) > 1:
         notes.append("These runs were not trained on the same data (unigram differs): their losses cannot be compared.")
-    return Block("After pre-training", columns, tuple(rows), tuple(notes))
+    return Block("After pre-training", columns, rows, tuple(notes))
+
+
+def _pretraining_cells(run: Run, runs: Sequence[Run]) -> dict[str, str]:
+    """Every column that a pre-training run has something to say in."""
+    summary, twin = run.summary, dense_twin(run, runs)
+    times = reduction(run, runs)
+    cells = {
+        "run": run.name,
+        "sparsity": percent(run.sparsity),
+        "nnz": f"{summary['sparsity']['nnz']:,}",
+        "density": f"{100 * run.density:.1f} %",
+        "attention": f"{100 * run.attention_density:.1f} %",
+        "val. loss": f"{run.validation_loss:.4f}",
+        "vs dense": loss_difference(run, twin).text(4) if twin else "",
+        "perplexity": f"{summary['loss']['perplexity']:,.2f}",
+        "FLOPs": f"{run.counted:.3e}",
+        "reduction": f"{times:.2f}x",
+        "with updates": f"{summary['flops'].get('reduction_with_updates', times):.2f}x",
+        "without head": f"{summary['flops']['reduction_without_head']:.2f}x",
+        "seconds": f"{run.seconds:,.0f}",
+        "tokens/s": f"{summary['tokens_per_s']:,.0f}",
+        "sent/rank": bytes_text(summary["bytes_sent"]),
+    }
+    if run.topology:
+        cells |= {"updates": f"{run.topology['updates']:,}", "explored": f"{100 * run.topology['explored']:.1f} %"}
+    return cells
+
+
+def _evolving_notes(pretrained: Sequence[Run]) -> Iterator[str]:
+    yield (
+        "nnz is at the end; density and attention are means over the steps: live share of the sparse weights, computed share of full "
+        "causal attention. With updates: the dense gradients that topology updates looked at counted too. Explored: share of the "
+        "sparse weights that were ever alive."
+    )
+    if sentence := equal_flops_text(pretrained):
+        yield sentence
 
 
 def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
@@ -302,15 +206,15 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
     notes = ["FLOPs are counted training FLOPs of pre-training and fine-tuning; reduction is against the dense pair."]
     baseline = task["baseline"]
     scores = (_score(baseline, task["primary"]), "", "", *(_score(baseline, name) for name in others))
-    notes += _marks(rows, "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
+    notes += _marks((row[4] for row in rows), "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
     if any("–" in row[-3:] for row in rows):
         notes.append("–: the pre-training run or the dense pair is not among these runs.")
     rows.append(("baseline", "no model", *scores, "", "", ""))
     return Block(f"After fine-tuning on {task['name']} ({task['num_examples']:,} examples)", columns, tuple(rows), tuple(notes))
 
 
-def _marks(rows: Sequence[tuple[str, ...]], how: str) -> Iterator[str]:
-    marks = {row[4][-1:] for row in rows}
+def _marks(differences: Iterable[str], how: str) -> Iterator[str]:
+    marks = {text[-1:] for text in differences}
     if "≈" in marks:
         yield f"≈: within noise, {how}."
     if "?" in marks:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from raysparse.config import ConfigError
 from raysparse.recipes.job import Job, finished
+from raysparse.runtime.mask_actor import managers
 from raysparse.runtime.ray_run import PROGRESS, follow
 from raysparse.train.loop import TrainingError
 from raysparse.train.metrics import Console
@@ -58,7 +59,8 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     watcher.start()
     try:
         _check_resources(ray, run)
-        return _fit(jobs, run, progress)
+        with managers(jobs):
+            return _fit(jobs, run, progress)
     finally:
         stop.set()
         watcher.join()

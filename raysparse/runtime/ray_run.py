@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from raysparse.runtime.mask_actor import ManagerProxy
 from raysparse.train.checkpoint import MARKER
 from raysparse.train.metrics import Console
 
@@ -37,6 +38,10 @@ class RayRun:
             checkpoint_upload_fn=lambda reported, name: _when_committed(reported, checkpoint),
             delete_local_checkpoint_after_upload=False,
         )
+
+    def manager(self, journal: Path) -> ManagerProxy:
+        """The actor that the driver has made for the run."""
+        return ManagerProxy(journal.parent)
 
     def show(self, record: Mapping[str, Any]) -> None:
         if self.rank == 0:

@@ -110,6 +110,17 @@ def training_flops(
     return forward_flops(arch, live, context, convention, attention_density) * (3 * tokens / context)
 
 
+def growth_flops(arch: Architecture, live: Live, tokens: float, context: int, convention: Convention) -> Flops:
+    """What one step's gradient of the dead weights costs beside `training_flops`: one of the two backward products, dense there.
+
+    Raises:
+        ValueError: as `forward_flops`.
+    """
+    dense, sparse = (forward_flops(arch, weights, context, convention) for weights in ({}, live))
+    extra = Flops(convention, linears=dense.linears - sparse.linears, head=dense.head - sparse.head)
+    return extra * (tokens / context)
+
+
 def finetuning_flops(arch: Architecture, sequences: float, convention: Convention, length: int = 512) -> Flops:
     """Dense fine-tuning on `sequences` sequences seen (epochs included), padded to `length` as SPDF counts them."""
     return forward_flops(arch, 1.0, length, convention) * (3 * sequences)
@@ -122,6 +133,8 @@ class Savings:
     dense: Flops
     counted: Flops
     finetuning: Flops | None = None
+    growth: Flops | None = None
+    """Of the dense gradients that growing weights looks at; not part of `counted`."""
 
     @property
     def reduction(self) -> float:
@@ -133,6 +146,11 @@ class Savings:
         """Of pre-training alone, the head left out of both sides."""
         return (self.dense.total - self.dense.head) / (self.counted.total - self.counted.head)
 
+    @property
+    def reduction_with_growth(self) -> float:
+        """Of pre-training alone, the dense gradients of topology updates counted too."""
+        return self.dense.total / (self.counted.total + (self.growth.total if self.growth else 0.0))
+
     def to_dict(self) -> dict[str, float | str]:
         """The figures to report; ``reduction_end_to_end`` adds the dense fine-tuning to both sides (SPDF's table 2)."""
         assert self.dense.convention == self.counted.convention
@@ -142,6 +160,8 @@ class Savings:
             "counted": self.counted.total,
             "reduction": self.reduction,
             "reduction_without_head": self.reduction_without_head,
+            "updates": self.growth.total if self.growth else 0.0,
+            "reduction_with_updates": self.reduction_with_growth,
         }
         if self.finetuning is not None:
             dense, counted = self.dense + self.finetuning, self.counted + self.finetuning
@@ -176,25 +196,28 @@ class Ledger:
     convention: Convention
     dense: Flops = field(init=False)
     counted: Flops = field(init=False)
+    growth: Flops = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dense = self.counted = Flops(self.convention)
+        self.dense = self.counted = self.growth = Flops(self.convention)
 
-    def add(self, counted: Flops, dense: Flops) -> None:
-        """One step: what it cost with its zeros skipped, and what the dense model would have cost."""
+    def add(self, counted: Flops, dense: Flops, growth: Flops | None = None) -> None:
+        """Some steps: what they cost with their zeros skipped, what the dense model would have cost, and growth gradients."""
         self.dense, self.counted = self.dense + dense, self.counted + counted
+        if growth is not None:
+            self.growth = self.growth + growth
 
     def savings(self) -> Savings:
-        return Savings(self.dense, self.counted)
+        return Savings(self.dense, self.counted, growth=self.growth)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a checkpoint; JSON keeps them exactly."""
-        return {"dense": asdict(self.dense), "counted": asdict(self.counted)}
+        return {"dense": asdict(self.dense), "counted": asdict(self.counted), "growth": asdict(self.growth)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         ledger = cls(state["dense"]["convention"])
-        ledger.add(Flops(**state["counted"]), Flops(**state["dense"]))
+        ledger.add(Flops(**state["counted"]), Flops(**state["dense"]), Flops(**state["growth"]))
         return ledger
 
 

@@ -19,8 +19,9 @@ def top_masks(keys: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> li
     """For each tensor, True at its ``counts[i]`` largest keys over all ranks.
 
     Args:
-        keys: for each tensor, this rank's consecutive elements, flat int32 in [0, 2^31). Rank order is index order.
-        counts: how many to choose of each whole tensor (not per rank), in [0, elements over all ranks].
+        keys: for each tensor, this rank's consecutive elements, flat int32 in [0, 2^31), or -1: not to be chosen. Rank order is
+            index order.
+        counts: how many to choose of each whole tensor (not per rank), in [0, eligible elements over all ranks].
         ranks: every rank calls with the same counts, in the same order.
 
     Returns:
@@ -32,7 +33,7 @@ def top_masks(keys: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> li
     shift = sum(BITS)
     for bits in BITS:
         shift -= bits
-        digits = [(candidate >> shift) & ((1 << bits) - 1) for candidate in candidates]
+        digits = [candidate >> shift for candidate in candidates]
         above = _suffix_sums(digits, 1 << bits, ranks)
         for i, digit in enumerate(digits):
             assert 0 <= left[i] <= above[i, 0], f"{left[i]} of {int(above[i, 0])} elements of tensor {i}"
@@ -44,17 +45,17 @@ def top_masks(keys: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> li
             d = int((above[i] >= left[i]).sum()) - 1
             left[i] -= int(above[i, d + 1])
             threshold[i] = (threshold[i] << bits) | d
-            candidates[i] = candidates[i][digit == d]
+            candidates[i] = candidates[i][digit == d] & ((1 << shift) - 1)  # their lower digits
     ties = torch.tensor([candidate.numel() for candidate in candidates], dtype=torch.int64)
     lower = ranks.sum_lower(ties).tolist()
     return [_choose(keys[i], counts[i], threshold[i], left[i] - lower[i]) for i in range(len(keys))]
 
 
 def _suffix_sums(digits: Sequence[Tensor], size: int, ranks: Ranks) -> Tensor:
-    """[tensors, size + 1] int64: how many digits over all ranks are >= d; the last column is 0."""
+    """[tensors, size + 1] int64: how many digits over all ranks are >= d; the last column is 0. A digit of -1 is not counted."""
     histogram = torch.zeros(len(digits), size + 1, dtype=torch.int64)
     for i, digit in enumerate(digits):
-        histogram[i, :size] = torch.bincount(digit, minlength=size).cpu()
+        histogram[i, :size] = torch.bincount(digit + 1, minlength=size + 1)[1:].cpu()
     return ranks.sum(histogram).flip(1).cumsum(1).flip(1)
 
 

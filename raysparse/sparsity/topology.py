@@ -9,9 +9,7 @@ from torch import Tensor
 
 from raysparse.sparsity import counter
 from raysparse.sparsity.distribution import Shape
-from raysparse.sparsity.plan import SparsityPlan
 from raysparse.sparsity.ranks import Ranks
-from raysparse.sparsity.select import top_masks
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> the integer type that sees its bits."""
@@ -33,30 +31,20 @@ class Topology:
         shapes: whole shape of each sparse weight, in model order.
         rows: which rows of it are here.
         masks: name -> [rows, cols] bool, True = live.
+        ever: name -> [rows, cols] bool, True = was alive in this or an earlier version; masks that never change share its memory.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], rows: Mapping[str, Rows], masks: Mapping[str, Tensor]):
         self.shapes, self.rows = dict(shapes), dict(rows)
-        self.replace(masks)
+        self.replace(masks, masks)
 
-    def replace(self, masks: Mapping[str, Tensor]) -> None:
-        """Other masks for the same weights."""
-        self.masks = dict(masks)
+    def replace(self, masks: Mapping[str, Tensor], ever: Mapping[str, Tensor]) -> None:
+        """Other masks for the same weights, and which weights were ever alive."""
+        self.masks, self.ever = dict(masks), dict(ever)
 
-    @classmethod
-    def random(cls, plan: SparsityPlan, rows: Mapping[str, Rows], seed: int, ranks: Ranks, device="cpu") -> "Topology":
-        """Draw exactly ``plan.nnz`` live weights in each layer, uniformly at random (SPDF, arXiv:2303.10464, section 2.1).
-
-        A weight lives if its random key, a function of (seed, layer name, element), is among the layer's nnz largest. Every
-        rank calls this; the drawn weights do not depend on how many ranks there are.
-        """
-        keys = [
-            counter.random_keys(here.first * here.cols, here.count * here.cols, counter.key(seed, "mask", name), device)
-            for name, here in rows.items()
-        ]
-        flat = top_masks(keys, [plan.nnz[name] for name in rows], ranks)
-        masks = {name: mask.view(rows[name].count, rows[name].cols) for name, mask in zip(rows, flat, strict=True)}
-        return cls(plan.shapes, rows, masks)
+    def evolve(self, masks: Mapping[str, Tensor]) -> None:
+        """The next version of the topology."""
+        self.replace(masks, {name: mask if mask is self.masks[name] else self.ever[name] | mask for name, mask in masks.items()})
 
     @torch.no_grad()
     def kill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -77,16 +65,26 @@ class Topology:
         counts = torch.tensor([int(mask.sum()) for mask in self.masks.values()], dtype=torch.int64)
         return dict(zip(self.masks, ranks.sum(counts).tolist(), strict=True))
 
-    def digest(self, ranks: Ranks) -> str:
-        """Names which weights live, in 32 hex digits; equal masks have equal digests at any number of ranks.
+    def digest_sums(self, masks: Mapping[str, Tensor] | None = None) -> Tensor:
+        """[layers] int64: of each layer the sum modulo 2^64 of `counter.mix` over the indices that are True here.
 
-        For each layer the sum modulo 2^64 of `counter.mix` over the live element indices; a hash of all of them.
+        Sums of the ranks that share a weight add up (modulo 2^64) to the whole weight's; it does not matter how many there are.
+
+        Args:
+            masks: of these instead of the live weights; a layer that is absent counts 0.
         """
+        masks = self.masks if masks is None else masks
         sums = torch.zeros(len(self.masks), dtype=torch.int64)
-        for i, (name, mask) in enumerate(self.masks.items()):
-            live = mask.flatten().nonzero().flatten() + self.rows[name].first * self.rows[name].cols
-            sums[i] = counter.mix(live, counter.key("digest", name)).sum().cpu()
-        text = "\n".join(f"{name} {value}" for name, value in zip(self.masks, ranks.sum(sums).tolist(), strict=True))
+        for i, name in enumerate(self.masks):
+            if name in masks:
+                index = masks[name].flatten().nonzero().flatten() + self.rows[name].first * self.rows[name].cols
+                sums[i] = counter.mix(index, counter.key("digest", name)).sum().cpu()
+        return sums
+
+    def digest(self, ranks: Ranks) -> str:
+        """Names which weights live, in 32 hex digits: a hash of the whole layers' `digest_sums`."""
+        sums = ranks.sum(self.digest_sums()).tolist()
+        text = "\n".join(f"{name} {value}" for name, value in zip(self.masks, sums, strict=True))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
+from raysparse.length import Length
 from raysparse.sparsity.topology import Topology, pack, unpack
-from raysparse.train.length import Length
 from raysparse.train.optimizer import moments, state_of
 from raysparse.train.shard import Sharded
 
@@ -47,18 +47,31 @@ class CheckpointConfig(Config):
 class Checkpointer:
     """Saves and loads the state of a run below ``folder``. One save is in flight at most; every rank makes the same calls."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, sharded: Sharded, optimizer: Optimizer, topology: Topology | None):
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        sharded: Sharded,
+        optimizer: Optimizer,
+        topology: Topology | None,
+        evolving: bool = False,
+    ):
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
+        self._kinds = ("mask", "ever") if evolving else ("mask",)  # masks that never change are all that ever lived
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Any] | None = None
 
-    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
 
         Older checkpoints than the newest ``keep`` are deleted after that, save the one of step `protect`.
+
+        Args:
+            extra: plain data, the same on every rank; ``optimizer_steps`` is how often the optimizer has stepped.
+            notes: file name -> text, to lie in the checkpoint; rank 0's are written.
         """
         self.wait()
         path = self.path(step)
@@ -68,10 +81,10 @@ class Checkpointer:
         state = self._tensors() | {"extra": json.dumps(dict(extra) | {"step": step})}
         if self._config.asynchronous:
             written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
-            self._pending = self._thread.submit(lambda: self._commit(path, written, protect))
+            self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
         else:
             dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._pending = self._thread.submit(lambda: self._commit(path, None, protect))
+            self._pending = self._thread.submit(lambda: self._commit(path, None, protect, notes or {}))
         return path
 
     def path(self, step: int) -> Path:
@@ -108,10 +121,11 @@ class Checkpointer:
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
             if part.mine:
-                state_of(self._optimizer)[part.local]["step"].fill_(extra["step"])
+                state_of(self._optimizer)[part.local]["step"].fill_(extra["optimizer_steps"])
         if self._topology is not None:
-            masks = {name: unpack(_local(state[f"mask/{name}"]), here.cols) for name, here in self._topology.rows.items()}
-            self._topology.replace(masks)
+            rows = self._topology.rows
+            masks, *ever = ({name: unpack(_local(state[f"{kind}/{name}"]), rows[name].cols) for name in rows} for kind in self._kinds)
+            self._topology.replace(masks, ever[0] if ever else masks)
         return extra
 
     def _check(self, path: Path) -> None:
@@ -121,7 +135,8 @@ class Checkpointer:
         kinds = ("model", "exp_avg", "exp_avg_sq")
         expected = {f"{kind}/{name}": part.shape for kind in kinds for name, part in self._sharded.parts.items()}
         if self._topology is not None:
-            expected |= {f"mask/{name}": (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
+            packed = {name: (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
+            expected |= {f"{kind}/{name}": size for kind in self._kinds for name, size in packed.items()}
         wrong = [key for key in [*expected, *sorted(found.keys() - expected.keys())] if found.get(key) != expected.get(key)]
         if wrong:
             shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])
@@ -138,15 +153,18 @@ class Checkpointer:
                 found = moments(self._sharded, self._optimizer, which)
                 values |= {f"{which}/{name}": (name, value) for name, value in found.items()}
             if self._topology is not None:
-                values |= {f"mask/{name}": (name, pack(mask)) for name, mask in self._topology.masks.items()}
+                found = {"mask": self._topology.masks, "ever": self._topology.ever}
+                values |= {f"{kind}/{name}": (name, pack(mask)) for kind in self._kinds for name, mask in found[kind].items()}
         return {key: self._sharded.stored(name, value) for key, (name, value) in values.items()}
 
-    def _commit(self, path: Path, written: "Future[Any] | None", protect: int) -> None:
+    def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
         """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
         if written is not None:
             written.result()
         if dist.get_rank() != 0:
             return
+        for name, text in notes.items():
+            (path / name).write_text(text, encoding="utf-8")
         files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
         partial = path / f"{MARKER}.partial"
         partial.write_text(json.dumps({"files": files}))

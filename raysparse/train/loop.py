@@ -1,14 +1,17 @@
 """THE training loop: pre-training, fine-tuning, tests and benchmarks use this one.
 
-One step: batch -> forward and backward in micro-batches (gradients summed over ranks) -> dead gradients zeroed -> clipped by
-the norm of the live ones -> AdamW. Weights and moments of dead entries are zero before a step and have zero gradients in it,
-so they are exactly zero after it; `Topology.leaks` checks that at every logging interval.
+One step: batch -> forward and backward in micro-batches (gradients summed over ranks) -> in some steps an update of the
+topology, which sees the dense gradients -> dead gradients zeroed -> clipped by the norm of the live ones -> AdamW. Weights and
+moments of dead entries are zero before a step and have zero gradients in it, so they are exactly zero after it;
+`Topology.leaks` checks that at every logging interval.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,21 +21,24 @@ from torch.optim import Optimizer
 
 from raysparse.config import Config
 from raysparse.data.batch import IGNORED, Batch, Feed
+from raysparse.length import Length
 from raysparse.losses import cross_entropy_sum
+from raysparse.models.attention import HybridAttention
 from raysparse.sparsity import counter
-from raysparse.sparsity.flops import Architecture, Ledger, training_flops
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.flops import Architecture, Ledger, growth_flops, training_flops
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import Checkpointer
 from raysparse.train.clip import clip_, global_norm
-from raysparse.train.length import Length
+from raysparse.train.error import TrainingError
+from raysparse.train.keeper import Change, Keeper
 from raysparse.train.metrics import Meter
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.run import Run
 from raysparse.train.shard import Sharded
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and starting it again would end the same way."""
+HISTORY = "topology.jsonl"
+"""In a run folder the journal of the topology, in a checkpoint the history up to it: one committed version a line."""
 
 
 class TrainingConfig(Config):
@@ -75,6 +81,7 @@ class State:
     """What a checkpoint holds besides tensors; plain numbers."""
 
     step: int = 0
+    optimizer_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes_sent: int = 0
@@ -97,17 +104,30 @@ class Training:
     pace: Pace
     sharded: Sharded
     optimizer: Optimizer
-    topology: Topology | None
+    agenda: Agenda
+    keeper: Keeper | None
+    hybrid: HybridAttention | None
     feed: Feed
     validation: Feed
     num_validation: int
+    context: int
     arch: Architecture
     ledger: Ledger
-    nnz: Mapping[str, int]
     checkpointer: Checkpointer
     meter: Meter
     run: Run
     guard: Callable[[], None]
+    saved: tuple[Path, int] | None = None
+
+    @property
+    def topology(self) -> Topology | None:
+        """This rank's rows of the masks; None where the run is dense."""
+        return None if self.keeper is None else self.keeper.topology
+
+    @property
+    def nnz(self) -> Mapping[str, int]:
+        """Live weights of each sparse layer over all ranks."""
+        return {} if self.keeper is None else self.keeper.live
 
 
 def train(t: Training, state: State) -> State:
@@ -116,16 +136,19 @@ def train(t: Training, state: State) -> State:
     while state.step < t.pace.steps and not _stale(t, state):
         lr = _set_lr(t, state.step)
         loss, targets, tokens = forward_backward(t, state.step)
-        norm = update(t)
+        _count(t, state.step, tokens)
+        norm, stepped, change = update(t, state.step)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"Expected finite gradients in step {state.step + 1} of {t.stage}. Got a NaN or infinity. "
                 "Lower optimizer.lr, lengthen schedule.warmup, or look at the data of this step; the last checkpoint is kept."
             )
         state.step += 1
+        state.optimizer_steps += stepped
         state.tokens += tokens
-        _count(t, tokens)
         interval.add(loss, targets)
+        if change is not None:
+            interval.note(change)
         last = state.step == t.pace.steps
         if last or _due(state.step, t.pace.log):
             interval.report(lr, norm)
@@ -136,11 +159,13 @@ def train(t: Training, state: State) -> State:
         new_best = t.config.patience > 0 and state.best_step == state.step
         if last or new_best or _stale(t, state) or _due(state.step, t.pace.save):
             save(t, state, interval)
-    t.checkpointer.wait()
+    _publish(t)
     dist.barrier()
     if t.config.patience > 0 and 0 < state.best_step < state.step:
         t.run.show({"text": f"{t.stage}: back to the weights of step {state.best_step}, which validated best"})
         state.losses |= t.checkpointer.load(t.checkpointer.path(state.best_step))["state"]["losses"]
+        if t.keeper is not None:
+            t.keeper.count()
     return state
 
 
@@ -151,6 +176,8 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
         This rank's sum of losses (nats, detached), and of the global batch the predicted tokens and all tokens (padding too).
     """
     torch.manual_seed(counter.key(t.seed, "dropout", step, t.run.rank))
+    if t.hybrid is not None:
+        t.hybrid.set(t.agenda.attention(step))  # validation keeps the pattern of the last step
     micro_batches = _micro_batches(t, step)
     count = torch.tensor([sum(batch.num_targets for batch in micro_batches)], dtype=torch.int64)
     targets = int(_all_sum(count, t))
@@ -164,18 +191,25 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
     return total, targets, t.config.sequences * micro_batches[0].input_ids.shape[1]
 
 
-def update(t: Training) -> float:
-    """Mask, clip, step; returns the global norm of the live gradients before clipping."""
+def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
+    """Evolve the topology if the step has an update; mask, clip, step the optimizer.
+
+    Returns:
+        The global norm of the live gradients before clipping, whether the optimizer stepped, and what the update did.
+    """
     gradients = t.sharded.collect()
-    if t.topology is not None:
-        t.topology.kill({name: gradient for name, gradient in gradients.items() if name in t.topology.masks})
+    change = None if t.keeper is None else t.keeper.evolve(step, gradients)
+    _kill(t, gradients)
     num_rows = sum(part.shape[0] for part in t.sharded.parts.values())
     norm = global_norm(list(gradients.values()), num_rows, t.sharded.owners)
-    if math.isfinite(norm):
+    steps = change is None or change.skipped is not None or t.agenda.span(step).rule.steps_on_update
+    if math.isfinite(norm) and steps:
         clip_(list(gradients.values()), norm, t.clip_norm)
         t.optimizer.step()
+        if t.keeper is not None and t.keeper.keeps_moments:
+            _kill(t, t.sharded.local)  # moments of dead weights moved them
     t.sharded.zero_grad()
-    return norm
+    return norm, steps, change
 
 
 @torch.no_grad()
@@ -202,10 +236,22 @@ def validate(t: Training) -> tuple[float, float]:
 
 def save(t: Training, state: State, interval: "_Interval") -> None:
     t.guard()
+    _publish(t)
     interval.into(state)
-    extra = {"state": vars(state), "ledger": t.ledger.to_dict()}
-    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0)
+    extra = {"state": vars(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
+    notes = {} if t.keeper is None else {HISTORY: "".join(json.dumps(record) + "\n" for record in t.keeper.history())}
+    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=notes)
+    t.saved = (path, state.step)
     t.run.committed(path, {"step": state.step} | state.losses)
+
+
+def _publish(t: Training) -> None:
+    """Wait for the last checkpoint and let the manager know of it."""
+    t.checkpointer.wait()
+    if t.keeper is not None and t.saved is not None:
+        path, step = t.saved
+        t.keeper.published(str(path), step)
+        t.saved = None
 
 
 class _Interval:
@@ -217,10 +263,22 @@ class _Interval:
         self._began = self._mark = time.perf_counter()
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
         self._loss: Tensor | None = None
+        self._churn = 0.0
 
     def add(self, loss: Tensor, targets: int) -> None:
         self._loss = loss if self._loss is None else self._loss + loss
         self._targets += targets
+
+    def note(self, change: Change) -> None:
+        """Of an update: TensorBoard points, and a line where it changed nothing."""
+        t, step, self._churn = self._t, self._state.step, change.churn
+        if change.skipped:
+            t.run.show({"text": f"{t.stage}: topology unchanged in step {step}: {change.skipped}"})
+        tags = {
+            "topology/churn": change.churn, "topology/explored": change.explored, "topology/seconds": change.seconds,
+            "topology/drop_fraction": change.update.drop_fraction, "topology/version": change.update.version,
+        }  # fmt: skip
+        t.meter.point(step, tags)
 
     def into(self, state: State) -> None:
         state.seconds = self._seconds_before + time.perf_counter() - self._began
@@ -239,12 +297,14 @@ class _Interval:
             "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
             "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate,
             "seconds": state.seconds, "bytes_sent": state.bytes_sent,
-            "flops": t.ledger.counted.total, "sparsity": _sparsity(t),
+            "flops": t.ledger.counted.total, "sparsity": _sparsity(t), "churn": self._churn,
+            "phase": t.agenda.span(state.step - 1).phase.name, "attention_density": _attention_density(t, state.step - 1),
             "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
         }  # fmt: skip
         tags = {
             "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
+            "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
         } | _layer_sparsity(t)  # fmt: skip
         t.meter.write(record, tags)
@@ -312,14 +372,25 @@ def _set_lr(t: Training, step: int) -> float:
     return t.optimizer.param_groups[0]["lr"]
 
 
+def _kill(t: Training, tensors: Mapping[str, Tensor]) -> None:
+    if t.topology is not None:
+        t.topology.kill({name: tensors[name] for name in t.topology.masks if name in tensors})
+
+
+def _attention_density(t: Training, step: int) -> float:
+    """Share of full causal attention that the step's pattern computes."""
+    return t.agenda.attention(step).mean_density(t.context, t.arch.layers, t.arch.heads)
+
+
 def _check_leaks(t: Training) -> None:
-    if t.topology is None:
+    if t.keeper is None:
         return
     tensors = {"weight": t.sharded.local}
-    tensors |= {which: moments(t.sharded, t.optimizer, which) for which in ("exp_avg", "exp_avg_sq")}
+    if not t.keeper.keeps_moments:
+        tensors |= {which: moments(t.sharded, t.optimizer, which) for which in ("exp_avg", "exp_avg_sq")}
     for what, found in tensors.items():
-        present = {name: found[name] for name in t.topology.masks if name in found}
-        leaks = t.topology.leaks(present)
+        present = {name: found[name] for name in t.keeper.topology.masks if name in found}
+        leaks = t.keeper.topology.leaks(present)
         assert not leaks, f"{what} of dead entries is not 0 on rank {t.run.rank}: {leaks}"
 
 
@@ -347,10 +418,13 @@ def _histograms(t: Training) -> dict[str, Tensor]:
     return values | {f"masks/{name}": mask.sum(1) for name, mask in masks.items()}
 
 
-def _count(t: Training, tokens: int) -> None:
-    """Add a step to the ledger, at its own sequence length and numbers of live weights."""
+def _count(t: Training, step: int, tokens: int) -> None:
+    """Add a step to the ledger, at its own sequence length, attention and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
-    t.ledger.add(training_flops(t.arch, t.nnz, tokens, length, convention), training_flops(t.arch, 1.0, tokens, length, convention))
+    counted = training_flops(t.arch, t.nnz, tokens, length, convention, _attention_density(t, step))
+    reads = t.keeper is not None and t.agenda.is_update(step) and t.agenda.span(step).rule.reads_gradient
+    growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
+    t.ledger.add(counted, training_flops(t.arch, 1.0, tokens, length, convention), growth)
 
 
 def _stale(t: Training, state: State) -> bool:

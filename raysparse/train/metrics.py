@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raysparse.config import Config
-from raysparse.train.length import Length
+from raysparse.length import Length
 
 
 class LoggingConfig(Config):
@@ -44,9 +44,13 @@ class Meter:
         if self._file is not None:
             self._file.write(json.dumps(dict(record)) + "\n")
             self._file.flush()
+        self.point(record["step"], tags)
+
+    def point(self, step: int, tags: Mapping[str, float]) -> None:
+        """TensorBoard points alone."""
         if self._board is not None:
             for tag, value in tags.items():
-                self._board.add_scalar(tag, value, record["step"])
+                self._board.add_scalar(tag, value, step)
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         if self._board is not None:
@@ -128,8 +132,8 @@ def line(record: Mapping[str, Any]) -> str:
     left = int(record["seconds_left"])
     return (
         f"{record['stage']:>16.16} | step {record['step']:>9,}/{record['steps']:<9,} | loss {_fixed(record['loss'])} | "
-        f"lr {record['lr']:.2e} | norm {_fixed(record['grad_norm'])} | sparsity {record['sparsity']:.3f} | "
-        f"{record['tokens_per_s']:>10,.0f} tok/s | left {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02}"
+        f"lr {record['lr']:.2e} | norm {_fixed(record['grad_norm'])} | sparsity {record['sparsity']:.3f} | churn {record['churn']:.3f} | "
+        f"{record['tokens_per_s']:>10,.0f} tok/s | left {left // 3600:>3}:{left // 60 % 60:02}:{left % 60:02} | {record['phase']}"
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from raysparse.config import Config
-from raysparse.train.length import Length
+from raysparse.length import Length
 from raysparse.train.shard import Sharded
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

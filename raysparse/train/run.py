@@ -1,6 +1,6 @@
 """What the loop sees of the world outside: who am I, where do I write, and whom do I tell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -9,6 +9,8 @@ import torch.distributed as dist
 from pydantic import Field
 
 from raysparse.config import Config
+from raysparse.sparsity.agenda import TopologyUpdate
+from raysparse.sparsity.manager import MaskManager, Verdict, Vote
 from raysparse.train.metrics import Console
 
 
@@ -39,6 +41,28 @@ class RunConfig(Config):
         return Path(self.folder).expanduser().absolute() / self.name
 
 
+class Manager(Protocol):
+    """`MaskManager`, wherever it is; its docstrings hold. `view`, for people, is not called by ranks."""
+
+    def begin(
+        self,
+        nonce: str,
+        agenda: dict[str, Any],
+        world_size: int,
+        version: int,
+        votes: Sequence[Vote],
+        history: list[dict[str, Any]],
+    ) -> Verdict: ...
+
+    def decide(self, step: int) -> TopologyUpdate: ...
+
+    def commit(self, attempt: int, version: int, step: int, votes: Sequence[Vote], seconds: float, skipped: str | None) -> Verdict: ...
+
+    def published(self, attempt: int, version: int, checkpoint: str) -> None: ...
+
+    def history(self) -> list[dict[str, Any]]: ...
+
+
 class Run(Protocol):
     """One rank's view of a run; `raysparse.runtime` has the one over Ray Train."""
 
@@ -47,6 +71,10 @@ class Run(Protocol):
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Every rank calls this once for each checkpoint, in the same order, when its saving has begun."""
+
+    def manager(self, journal: Path) -> Manager:
+        """Who decides and audits the topology that `journal` records; only rank 0 asks."""
+        ...
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a training record, or ``{"text": ...}``, to the user; only rank 0's are shown."""
@@ -60,6 +88,9 @@ class LocalRun:
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         pass
+
+    def manager(self, journal: Path) -> Manager:
+        return MaskManager(journal)
 
     def show(self, record: Mapping[str, Any]) -> None:
         if self.rank == 0:

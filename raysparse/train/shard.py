@@ -5,7 +5,7 @@ the gradient of the mean, and a sum with exact zeros is exact at any world size 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -96,6 +96,7 @@ class Sharded(ABC):
         parts: name -> this rank's `Part`, in model order; names are those of the unsharded model.
         ranks: reductions over the ranks that hold different rows of a weight.
         owners: reductions over the ranks that hold disjoint parts (`Part.mine`) which together are the model.
+        replica: which whole copy of the model this rank's rows belong to.
         wire: bytes that this rank sent.
     """
 
@@ -103,6 +104,7 @@ class Sharded(ABC):
     parts: dict[str, Part]
     ranks: Ranks
     owners: Ranks
+    replica: int
     wire: Wire
 
     @property
@@ -116,6 +118,10 @@ class Sharded(ABC):
     @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """After the last backward: name -> this rank's rows of the summed gradient, also put into ``Part.local.grad``."""
+
+    def spread(self, gradients: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """The named ones of what `collect` gave, on every rank that holds rows of them and not on their owner alone."""
+        return {name: gradients[name] for name in names}
 
     @abstractmethod
     def stored(self, name: str, local: Tensor) -> Tensor:
@@ -164,6 +170,7 @@ class FSDP2(Sharded):
         self.parts = {name: _part(parameter) for name, parameter in self._parameters.items()}
         self.ranks = ranks_of(mesh["shard"].get_group(), torch.device(device)) if mesh["shard"].size() > 1 else ALONE
         self.owners = self.ranks
+        self.replica = mesh["replicate"].get_local_rank() if config.replicas > 1 else 0
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.module, FSDPModule)
@@ -197,6 +204,7 @@ class Replicated(Sharded):
     def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
         self.module, self.wire = module.to(device), Wire()
         self.ranks = self.owners = ALONE
+        self.replica = dist.get_rank()
         self._parameters = dict(module.named_parameters())
         self.parts = {name: Part(tuple(p.shape), 0, p) for name, p in self._parameters.items()}
         self._autocast = (lambda: torch.autocast(device, dtype)) if dtype != torch.float32 else nullcontext
@@ -229,7 +237,7 @@ class Fairscale(Sharded):
         self.module, self.wire = module.to(device), Wire()
         self._parameters = dict(module.named_parameters())
         self.parts = {name: Part(tuple(p.shape), 0, p) for name, p in self._parameters.items()}
-        self.ranks = ALONE
+        self.ranks, self.replica = ALONE, dist.get_rank()
         self.owners = ranks_of(_world(), torch.device(device)) if dist.get_world_size() > 1 else ALONE
         self._autocast = (lambda: torch.autocast(device, dtype)) if dtype != torch.float32 else nullcontext
 
@@ -240,9 +248,10 @@ class Fairscale(Sharded):
         optimizer = OSS(groups, optim=kind, lr=groups[0]["lr"])
         self.module = ShardedDataParallel(self.module, optimizer, reduce_buffer_size=0)
         self.module._world_size_scaling = 1.0  # a sum, like the others; fairscale's own is the mean
-        owned = {id(p) for group in optimizer.partition_parameters()[dist.get_rank()] for p in group["params"]}
-        for part in self.parts.values():
-            part.mine = id(part.local) in owned
+        owner = {id(p): r for r, groups in enumerate(optimizer.partition_parameters()) for group in groups for p in group["params"]}
+        self._owner = {name: owner[id(part.local)] for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            part.mine = self._owner[name] == dist.get_rank()
         return optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -264,6 +273,14 @@ class Fairscale(Sharded):
                 part.local.grad = None
         return gradients
 
+    def spread(self, gradients: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            found[name] = gradients[name] if name in gradients else torch.empty_like(self.parts[name].local, requires_grad=False)
+            dist.broadcast(found[name], src=self._owner[name])
+            self.wire.add(found[name].nbytes, dist.get_world_size())
+        return found
+
     def stored(self, name: str, local: Tensor) -> Tensor:
         return local
 
@@ -279,7 +296,7 @@ def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingCo
         dtype: of the computation; weights, gradients over ranks and optimizer state stay float32.
 
     One rank has nothing to shard: in float32 it holds the model whole, bit-equal to FSDP2 on one rank, which would copy every
-    weight and gradient in each step for nothing (9-20 % of it on a CPU, docs/benchmarks.md). In bfloat16 FSDP2 does the casting.
+    weight and gradient in each step for nothing (16 % of it on a CPU, docs/benchmarks.md). In bfloat16 FSDP2 does the casting.
     """
     alone = dist.get_world_size() == 1 and dtype == torch.float32
     if config.type == "fsdp2" and not alone:

@@ -17,6 +17,18 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def write_mst(tmp_path: Path) -> Callable[..., Path]:
+    """``write_mst(folder, **changes)`` -> the folder of a finished run whose topology evolves as MST's does."""
+    return partial(_write_mst, tmp_path)
+
+
+@pytest.fixture
+def edit_metrics() -> Callable[..., None]:
+    """``edit_metrics(folder, change)``: ``change(record)`` returns what is to stand in the place of each record."""
+    return _edit_metrics
+
+
+@pytest.fixture
 def write_predictions() -> Callable[..., None]:
     """``write_predictions(folder, hypotheses, references)``."""
     return _write_predictions
@@ -76,10 +88,47 @@ def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: flo
             at = at[parent]
         at[last] = value
     (path / "summary.json").write_text(json.dumps(summary))
-    records = [{"step": step, "tokens": 100 * step, "loss": loss + 5 / step, "lr": 1e-3, "seconds": 5.0} for step in range(1, 21)]
+    records = [
+        {"step": step, "tokens": 100 * step, "loss": loss + 5 / step, "lr": 1e-3, "seconds": 5.0, "sparsity": sparsity}
+        | {"flops": counted * step / 20, "phase": "training", "attention_density": 1.0}
+        for step in range(1, 21)
+    ]
     records += [{"step": step, "tokens": 100 * step, "validation_loss": loss + 5 / step} for step in (10, 20)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def _write_mst(root: Path, folder: str, /, **changes: Any) -> Path:
+    """20 steps in three phases: dense to 80 % in the update of step 3, dropping and growing in step 9, dense in that of step 17."""
+    told = {"updates": 3, "skipped": 1, "explored": 0.975, "mean_churn": 0.3, "seconds_per_update": 0.1}
+    told |= {"mean_density": 0.44, "mean_attention_density": 0.4375}
+    changes = {"sparsity__actual": 0.0, "sparsity__nnz": 1_234_568, "flops__reduction_with_updates": 1.5} | changes
+    path = _write_run(root, folder, sparsity=0.8, **{"topology": told, **changes})
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        last = record["step"] - 1  # the step that the record tells of
+        phase = "warm_up" if last < 5 else "ultra_sparsification" if last < 15 else "restoration"
+        told = {"sparsity": 0.8 if 3 <= last < 17 else 0.0, "attention_density": 0.25 if last < 15 else 1.0, "phase": phase}
+        return record | told if "loss" in record else record
+
+    _edit_metrics(path, change)
+    #          step phase                   sparsity churn skipped
+    versions = [
+        (0, "warm_up", 0.0, 0.0, None),
+        (3, "warm_up", 0.8, 0.0, None),
+        (9, "ultra_sparsification", 0.8, 0.25, "no gradient"),
+        (17, "restoration", 0.0, 0.75, None),
+    ]
+    keys = ("version", "step", "phase", "sparsity", "churn", "skipped")
+    journal = [{"attempt": 1, "nonce": "feed"}] + [dict(zip(keys, (i, *row), strict=True)) for i, row in enumerate(versions)]
+    (path / "topology.jsonl").write_text("".join(json.dumps(record) + "\n" for record in journal))
+    return path
+
+
+def _edit_metrics(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = path / "metrics.jsonl"
+    records = [change(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _write_predictions(path: Path, hypotheses: list[str], references: list[list[str]]) -> None:

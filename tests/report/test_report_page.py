@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from raysparse.config import ConfigError
-from raysparse.report import read_run
+from raysparse.report import Run, read_run
+from raysparse.report.budget import at_equal_flops, equal_flops_text
 from raysparse.report.distance import cosine_distances, heat_map
+from raysparse.report.evolving import attention, churn, density, phases, topology_curves
 from raysparse.report.page import Notes, write_page
-from raysparse.report.plots import cost_bars, distance_maps, layer_sparsity, loss_curves
+from raysparse.report.plots import cost_bars, distance_maps, flops_curves, layer_sparsity, loss_curves
 
 NASTY = '<b>&"$_x^</b>'
 
@@ -108,7 +110,8 @@ def text_of(svg: str) -> str:
 def test_plots_are_well_formed_themed_and_labelled(runs):
     labels = {
         loss_curves(runs[:2]): ("tokens trained on (thousands)", "loss (nats per token)", NASTY, "unigram"),
-        layer_sparsity(runs[1:2]): ("zeros (%)", "sparse weights in order, by block", NASTY),
+        layer_sparsity(runs[:2]): ("zeros (%)", "sparse weights in order, by block", NASTY),
+        flops_curves(runs[:2]): ("counted FLOPs (×10¹²)", "tokens trained on (thousands)", "loss (nats per token)", NASTY),
         distance_maps(MAPS): ("WQ", "WO", "75 % <x>", "layer", "cosine distance (×10⁻³)", "4.0", "2.0"),
         cost_bars(runs[:2]): ("wall-clock time (s)", "sent per rank (bytes)", "100 s", "12.3 MB"),
     }
@@ -167,7 +170,7 @@ def test_page_is_complete_escaped_and_asks_for_nothing(runs, tmp_path):
     reader = _Reader()
     reader.feed(page)
     assert not {"script", "link", "img", "iframe", "b", "i", "this"} & set(reader.tags)
-    assert reader.tags.count("svg") == 5
+    assert reader.tags.count("svg") == 6
     assert [link for link in reader.links if not link.startswith("#")] == []
     assert "@import" not in page
     assert re.findall(r"url\((?!#)", page) == []
@@ -208,10 +211,93 @@ def test_answer_holds_difference_and_reduction(runs, tmp_path):
     write_page(tmp_path / "page.html", "t", runs, {}, Notes())
     found = re.search(r'<p class="answer">(.*?)</p>', (tmp_path / "page.html").read_text())
     assert found is not None
-    assert "at 75 % sparsity +0.7500 (noise not judged), 1.60x fewer" in found[1]
-    assert (
-        "bleu on e2e against the dense pair, and counted FLOPs end to end: 75 % → dense -55.00 (noise not judged), 1.23x fewer" in found[1]
-    )
+    assert " at 75 % sparsity +0.7500 (noise not judged), 1.60x fewer" in found[1]
+    assert "bleu on e2e against the dense pair, and counted FLOPs end to end: fine sparse (75 % → dense) -55.00" in found[1]
+    assert "-55.00 (noise not judged), 1.23x fewer" in found[1]
     assert "masks on dense kernels saved no time here" in found[1]
     write_page(tmp_path / "page.html", "t", runs[:1], {}, Notes())
     assert "No run here has a dense twin" in (tmp_path / "page.html").read_text()
+
+
+@pytest.fixture
+def methods(write_run, write_mst, edit_metrics):
+    """Dense, static as runs were before topologies evolved, and MST: 20 steps of 100 tokens."""
+    static = write_run("static", sparsity=0.8)
+    edit_metrics(static, lambda record: {key: value for key, value in record.items() if key not in ("phase", "attention_density")})
+    return [read_run(folder) for folder in (write_run("dense"), static, write_mst("mst"))]
+
+
+def test_curves_of_a_topology_are_exact(methods):
+    dense, static, mst = methods
+    #                       an update of step s, from 0, is felt after s + 1 steps
+    assert density(mst) == [(0, 1.0), (400, pytest.approx(0.2)), (1000, pytest.approx(0.2)), (1800, 1.0), (2000, 1.0)]
+    assert churn(mst) == [(400, 0.0), (1000, 0.25), (1800, 0.75)]
+    assert phases(mst) == [("warm_up", 0, 500), ("ultra_sparsification", 500, 1500), ("restoration", 1500, 2000)]
+    assert [share for _, share in attention(mst)] == [0.25] * 15 + [1.0] * 6
+    assert [tokens for tokens, _ in attention(mst)][14:17] == [1400, 1500, 1600]
+    assert [share for _, share in density(static)] == [pytest.approx(0.2)] * 21
+    assert [share for _, share in density(dense)] == [1.0] * 21
+    assert (churn(static), attention(static), phases(static)) == ([], [], [])
+    assert phases(dense) == [("training", 0, 2000)]
+    rare = Run(mst.summary, mst.train[9::10], history=mst.history)  # logged after steps 10 and 20; updates after 4, 10 and 18
+    assert phases(rare) == [("warm_up", 0, 400), ("ultra_sparsification", 400, 1000), ("restoration", 1000, 2000)]
+
+
+def test_topology_curves_show_what_happened_and_nothing_else(methods):
+    words = text_of(topology_curves(methods))
+    for text in ("live weights (%)", "churn (% of live)", "attention (% of full)", "ultra_sparsification", "mst", "static", "dense"):
+        assert text in words
+    static = text_of(topology_curves(methods[:2]))
+    assert "live weights (%)" in static
+    assert "churn" not in static
+    assert "attention" not in static
+    assert "training" not in static  # the only phase of a run is not worth a strip
+
+
+def test_page_of_methods_has_every_plot(methods, tmp_path):
+    write_page(tmp_path / "page.html", "t", methods, {}, Notes())
+    page = (tmp_path / "page.html").read_text()
+    labels = re.findall(r'<svg [^>]*aria-label="([^"]*)"', page)
+    assert [label.split(" ")[0] for label in labels] == ["Training", "Counted", "Density,", "Sparsity", "Measured"]
+    for text in (
+        "Phases of mst: 1 warm_up, 2 ultra_sparsification, 3 restoration.",
+        "mst at 80 % sparsity +0.8000 (noise not judged), 1.67x fewer (1.50x with the dense gradients of its 3 updates)",
+        "mst changed nothing in 1 of 3 updates: a gradient was not finite.",
+        "Validation loss at equal counted FLOPs (6.000e+11",
+    ):
+        assert text in page
+    panels = next(text_of(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL) if "Sparsity of each" in svg)
+    assert "static" in panels
+    assert "mst" not in panels  # it ended dense: no zeros to show
+
+
+def test_page_of_static_masks_says_nothing_of_evolution(methods, tmp_path):
+    write_page(tmp_path / "page.html", "t", methods[:2], {}, Notes())
+    page = (tmp_path / "page.html").read_text()
+    for text in ("Density, churn", "updates", "Phases of"):
+        assert text not in page
+
+
+def test_the_lower_curve_at_equal_flops_wins(methods, write_run, edit_metrics):
+    #  counted      1e12            0.6e12
+    #  validated    after 10 and 20 steps of 20, 5 / step above the last loss
+    budget, losses = at_equal_flops(methods)
+    assert budget == pytest.approx(0.6e12)
+    assert losses == {"dense": pytest.approx(3 + 0.5 - 0.25 * 0.2), "static": pytest.approx(3.8 + 0.25), "mst": pytest.approx(3.8 + 0.25)}
+    assert next(iter(losses)) == "dense"
+    folder = write_run("cheap", flops__counted=0.4e12)
+    edit_metrics(folder, lambda record: record | ({"flops": 0.02e12 * record["step"]} if "loss" in record else {}))
+    cheap = read_run(folder)
+    assert at_equal_flops([methods[0], cheap]) == (0.4e12, {"cheap": 3.25})  # dense had not been validated by then
+    assert equal_flops_text([methods[0], cheap]) is None
+
+
+def test_runs_that_recorded_no_flops_are_left_out(write_run, edit_metrics, tmp_path):
+    folders = [write_run("dense"), write_run("sparse", sparsity=0.5)]
+    for folder in folders:
+        edit_metrics(folder, lambda record: {key: record[key] for key in record if key not in ("flops", "sparsity", "phase")})
+    runs = [read_run(folder) for folder in folders]
+    assert equal_flops_text(runs) is None
+    assert density(runs[1]) == []
+    write_page(tmp_path / "page.html", "t", runs, {}, Notes())
+    assert "Counted FLOPs over tokens" not in (tmp_path / "page.html").read_text()

@@ -7,7 +7,8 @@ from sacrebleu.metrics.bleu import BLEU
 
 from raysparse.config import ConfigError
 from raysparse.report import bytes_text, read_run
-from raysparse.report.table import NO_TIME_SAVED, WIDTH, Difference, comparison, loss_difference, paired_bootstrap, wall_clock
+from raysparse.report.difference import Difference, loss_difference, paired_bootstrap
+from raysparse.report.table import NO_TIME_SAVED, WIDTH, comparison, wall_clock
 
 WORDS = ["a", "restaurant", "near", "the", "river", "serves", "cheap", "Italian", "food", "and", "is", "family", "friendly"]
 
@@ -99,6 +100,51 @@ def test_pretraining_block_holds_what_the_summary_says(write_run):
     assert rows[2]["val. loss"] == "5.0000"
     assert any("convention: spdf" in note for note in block.notes)
     assert any("noise not judged" in note for note in block.notes)
+
+
+def test_an_evolving_topology_has_its_own_columns(write_run, write_mst):
+    static = {"updates": 0, "skipped": 0, "explored": 0.2, "mean_density": 0.2, "mean_attention_density": 1.0}
+    folders = [
+        write_mst("mst"),
+        write_run("static", sparsity=0.8, topology=static, flops__reduction_with_updates=1.67),
+        write_run("old", sparsity=0.8),
+        write_run("dense", topology={}),
+    ]
+    runs = [read_run(folder) for folder in folders]
+    block = comparison(runs).blocks[0]
+    rows = {row[0]: dict(zip(block.columns, row, strict=True)) for row in block.rows}
+    assert list(rows) == ["dense", "mst", "static", "old", "unigram (train data)"]
+    assert rows["mst"] == {
+        "run": "mst",
+        "nnz": "1,234,568",
+        "density": "44.0 %",
+        "attention": "43.8 %",
+        "val. loss": "3.8000",
+        "vs dense": "+0.8000 ?",
+        "perplexity": "44.70",
+        "FLOPs": "6.000e+11",
+        "reduction": "1.67x",
+        "with updates": "1.50x",
+        "updates": "3",
+        "explored": "97.5 %",
+        "seconds": "100",
+        "sent/rank": "12.3 MB",
+    }
+    told = ("density", "attention", "with updates", "updates", "explored")
+    assert [rows["dense"][column] for column in told] == ["100.0 %", "100.0 %", "1.00x", "", ""]
+    assert [rows["static"][column] for column in told] == ["20.0 %", "100.0 %", "1.67x", "0", "20.0 %"]
+    assert [rows["old"][column] for column in told] == ["20.0 %", "100.0 %", "1.67x", "", ""]
+    assert any("Validation loss at equal counted FLOPs" in note for note in block.notes)
+    assert any("noise not judged" in note for note in block.notes)
+    assert "without head" in comparison(runs[1:]).blocks[0].columns  # nothing evolves there
+    assert max(map(len, comparison(runs).terminal().splitlines())) <= WIDTH
+
+
+def test_sparse_attention_alone_is_an_evolution_too(write_run, edit_metrics):
+    path = write_run("local")
+    edit_metrics(path, lambda record: record | {"attention_density": 0.5 if record["step"] <= 10 else 1.0})
+    run = read_run(path)
+    assert (run.evolves, run.attention_density) == (True, 0.75)
 
 
 @pytest.mark.parametrize(("error", "mark"), [(0.5, " ≈"), (0.01, "")])
@@ -278,6 +324,16 @@ def test_read_run_errors(write_run, write_predictions, tmp_path):
         (path / "metrics.jsonl").write_text(line)
         with pytest.raises(ConfigError, match=message):
             read_run(path)
+    for name, journal, message in (
+        ("j", '{"version": 0}\n', "Expected attempt in line 1 .*Got version"),
+        ("k", '{"attempt": 1}\n{"step": 3, "churn": 0}\n', "Expected churn, sparsity, step in line 2 .*Got step, churn"),
+    ):
+        path = write_run(name)
+        (path / "topology.jsonl").write_text(journal)
+        with pytest.raises(ConfigError, match=message):
+            read_run(path)
+    with pytest.raises(ConfigError, match=r"topology.explored: expected a number, got None"):
+        read_run(write_run("l", sparsity=0.5, topology={"updates": 3}))
     path = write_run("h")
     (path / "predictions.jsonl").write_text('{"hypothesis": "a"}')
     with pytest.raises(ConfigError, match=r"a hypothesis and its references in line 1 .*Got hypothesis"):

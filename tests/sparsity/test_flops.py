@@ -12,6 +12,7 @@ from raysparse.sparsity.flops import (
     Savings,
     finetuning_flops,
     forward_flops,
+    growth_flops,
     savings,
     training_flops,
 )
@@ -209,3 +210,62 @@ def test_ledger_counts_a_changing_sparsity_and_survives_a_checkpoint():
     assert straight.savings().to_dict()["convention"] == "palm"
     assert straight.savings().reduction == pytest.approx(5 * dense.total / sum(step.total for step in steps))
     assert "reduction_end_to_end" not in straight.savings().to_dict()
+
+
+def test_a_step_with_an_update_costs_two_sparse_forwards_and_a_dense_one():
+    """RigL's count (arXiv:1911.11134, appendix): forward and input gradients sparse, weight gradients dense.
+
+    The attention's own products are the same in all three.
+    """
+    live = {name: rows * cols // 5 for name, (rows, cols) in MST.linears.items()} | {"wte": 50304 * 768 // 3}
+    tokens = 4 * 1024
+    sparse, dense = (forward_flops(MST, weights, 1024, "palm") * 4 for weights in (live, 1.0))
+    step = training_flops(MST, live, tokens, 1024, "palm") + growth_flops(MST, live, tokens, 1024, "palm")
+    assert step.linears == pytest.approx(2 * sparse.linears + dense.linears, rel=1e-12)
+    assert step.head == pytest.approx(2 * sparse.head + dense.head, rel=1e-12)
+    assert step.total == pytest.approx(2 * sparse.total + dense.total, rel=1e-12)
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_rigl_accounting(interval):
+    """(3 f_S dT + 2 f_S + f_D) / (dT + 1) a step in the mean, with f the cost of a forward pass of the weights."""
+    weights = replace(SMALL, head_counted=False)
+    f_s, f_d = (forward_flops(weights, density, 512, "palm", 0.0).total for density in (0.2, 1.0))
+    ledger, dense = Ledger("palm"), training_flops(weights, 1.0, 512, 512, "palm", 0.0)
+    step, growth = training_flops(weights, 0.2, 512, 512, "palm", 0.0), growth_flops(weights, 0.2, 512, 512, "palm")
+    for i in range(10 * (interval + 1)):
+        ledger.add(step, dense, growth if i % (interval + 1) == interval else None)
+    total = ledger.counted.total + ledger.growth.total
+    assert total / (10 * (interval + 1)) == pytest.approx((3 * f_s * interval + 2 * f_s + f_d) / (interval + 1), rel=1e-9)
+
+
+def test_growth_of_a_dense_model_is_free():
+    assert growth_flops(SMALL, 1.0, 1e6, 1024, "spdf").total == growth_flops(SMALL, {}, 1e6, 1024, "palm").total == 0
+    assert growth_flops(SMALL, 0.5, 1e6, 1024, "spdf").head == 0  # it is dense
+    with pytest.raises(ValueError, match="Expected a density"):
+        growth_flops(SMALL, 75.0, 1, 1, "palm")
+
+
+def test_ledger_keeps_growth_apart_and_through_a_checkpoint():
+    step, dense = (training_flops(SMALL, density, 4096, 1024, "palm") for density in (0.2, 1.0))
+    growth = growth_flops(SMALL, 0.2, 4096, 1024, "palm")
+    ledger = Ledger("palm")
+    for i in range(5):
+        ledger.add(step, dense, growth if i == 3 else None)
+    assert ledger.growth == growth
+    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+    found = ledger.savings()
+    assert found.reduction == pytest.approx(dense.total / step.total)
+    assert found.reduction_with_growth == pytest.approx(5 * dense.total / (5 * step.total + growth.total))
+    assert found.to_dict()["updates"] == growth.total
+    assert found.to_dict()["reduction_with_updates"] == found.reduction_with_growth < found.reduction
+    static = savings(SMALL, 0.2, 4096, 1024, "palm")
+    assert static.to_dict()["updates"] == 0
+    assert static.reduction_with_growth == static.reduction
+
+
+def test_updates_of_mst_cost_a_little():
+    """GPT-2 small at 80 %, every linear and the head, an update every 100 steps: 0.23 % of the dense budget."""
+    live = {name: rows * cols // 5 for name, (rows, cols) in MST.linears.items()} | {"wte": 50304 * 768 // 5}
+    share = growth_flops(MST, live, 1, 1024, "palm").total / 100 / training_flops(MST, 1.0, 1, 1024, "palm").total
+    assert share == pytest.approx(0.0023, abs=5e-5)

@@ -169,7 +169,7 @@ def test_fewer_live_weights_than_layers():
     with pytest.raises(ConfigError) as error:
         plan(vectors(4, 4, 4), target=0.9)
     assert str(error.value) == (
-        "Expected at least one live weight in each of 3 layers. Got 1 for all of them. "
+        "Expected at least one live weight (or block) in each of 3 layers. Got 1 for all of them. "
         "Lower sparsity.target, or empty a layer explicitly with sparsity.layers."
     )
     assert plan(vectors(4, 4, 4), target=0.75).nnz == {"a": 1, "b": 1, "c": 1}
@@ -210,3 +210,44 @@ def test_share_out_splits_a_given_total():
         for name, n in (("a", 5), ("b", 10), ("c", 15)):
             share = Fraction(total * n, 30)
             assert max(1, floor(share)) <= found[name] <= max(1, ceil(share))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shapes", "config", "factor", "nnz"),
+    [
+        ({"type": "n:m"}, {"a": (3, 8), "b": (5, 4)}, {"target": 0.5}, 1, [12, 10]),
+        ({"type": "n:m"}, {"a": (3, 8), "b": (5, 4)}, {"target": 0.5}, Fraction(1, 2), [18, 15]),  # 3 of 4
+        ({"type": "n:m"}, {"a": (3, 8), "b": (5, 4)}, {"target": 0.5}, Fraction(1, 4), [24, 20]),  # 3.5 of 4, up
+        ({"type": "n:m", "n": 1, "m": 3}, {"a": (2, 9)}, {"target": 0.666667}, 1, [6]),
+        ({"type": "n:m"}, {"a": (3, 8)}, {"target": 0.5}, 0, [24]),
+        # 12 + 6 blocks, 0.4 of them live: 7.2 and so 7, of which 4.67 and 2.33
+        ({"type": "block", "size": 16}, {"a": (48, 64), "b": (32, 48)}, {"target": 0.6}, 1, [5 * 256, 2 * 256]),
+        # at half the target 0.7 of them: 12.6 and so 13, of which 8.67 and 4.33
+        ({"type": "block", "size": 16}, {"a": (48, 64), "b": (32, 48)}, {"target": 0.6}, Fraction(1, 2), [9 * 256, 4 * 256]),
+        ({"type": "block", "size": 16}, {"a": (48, 64), "b": (32, 48)}, {"target": 0.6, "layers": {"b": 0.9}}, 1, [5 * 256, 256]),
+        # constant fan-in: rows of 4 and 3 blocks, 1.56 and 1.17 in each
+        ({"type": "block", "size": 16, "fan_in": "constant"}, {"a": (48, 64), "b": (32, 48)}, {"target": 0.6}, 1, [6 * 256, 2 * 256]),
+        ({"type": "block", "size": 16, "fan_in": "constant"}, {"a": (48, 64)}, {"target": 0.9}, 1, [3 * 256]),  # never none in a row
+        ({"type": "block", "size": 16, "fan_in": "constant"}, {"a": (48, 64)}, {"layers": {"a": 1}}, 1, [0]),
+        ({"type": "block", "size": 16, "fan_in": "constant"}, {"a": (48, 64)}, {"layers": {"a": 1}}, Fraction(1, 2), [6 * 256]),
+        # 8.33 and exactly 7
+        ({"type": "unstructured"}, {"a": (1, 10), "b": (1, 10)}, {"target": 0.5, "layers": {"b": 0.9}}, Fraction(1, 3), [8, 7]),
+    ],
+)
+def test_units_of_the_pattern_and_a_share_of_the_target(pattern, shapes, config, factor, nnz):
+    found = SparsityPlan.build(shapes, SparsityConfig.check({"pattern": pattern} | config), Fraction(factor))
+    assert list(found.nnz.values()) == nnz
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.type)
+def test_a_share_of_the_target_is_the_target_that_it_is(kind):
+    shapes = {"a": (7, 5), "b": (13, 9), "c": (2, 3)}
+    config = SparsityConfig(target=0.8, distribution=kind, layers={"c": 0.4})
+    for percent in range(0, 101, 5):
+        moved = SparsityConfig(target=round(0.008 * percent, 3), distribution=kind, layers={"c": round(0.004 * percent, 3)})
+        assert SparsityPlan.build(shapes, config, Fraction(percent, 100)) == SparsityPlan.build(shapes, moved)
+
+
+def test_no_block_left_for_a_layer():
+    with pytest.raises(ConfigError, match=r"^Expected at least one live weight \(or block\) in each of 2 layers\. Got 1 for all of them\."):
+        plan({"a": (32, 32), "b": (32, 32)}, target=0.9, pattern={"type": "block", "size": 16})

@@ -86,6 +86,22 @@ def test_equals_a_stable_sort_at_any_split(name, world_size, sizes):
         assert torch.equal(torch.cat(parts), oracle(keys, count)), (name, count)
 
 
+@pytest.mark.parametrize("name", adversaries())
+def test_minus_one_is_never_chosen(name):
+    """Not even where only the lowest keys are left; and it takes no place from them."""
+    keys = adversaries()[name]
+    barred = torch.arange(97) % 3 > 0
+    eligible = keys[~barred]
+    for sizes in ([97], [48, 49], [2, 94, 1]):
+        for count in (0, 1, 20, 32, 33):
+            parts = keys.where(~barred, -1).split(sizes)
+            found = torch.cat(together(lambda part, ranks, count=count: top_masks([part], [count], ranks)[0], parts))
+            assert not found[barred].any()
+            assert torch.equal(found[~barred], oracle(eligible, count))
+    with pytest.raises(AssertionError, match="34 of 33 elements of tensor 0"):
+        top_masks([keys.where(~barred, -1)], [34], ALONE)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_several_tensors_at_once_equal_one_by_one(world_size):
     keys = [*adversaries().values(), int32([]), int32([4])]

@@ -5,7 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
+from raysparse.sparsity import counter
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.evolve import first_topology
+from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.ranks import ALONE
 from raysparse.sparsity.topology import Rows, Topology, pack, unpack
 from tests.ranks import spawn
@@ -14,8 +17,9 @@ from tests.threads import together
 SHAPES = {"h.0.attn": (7, 5), "h.0.mlp": (13, 9), "h.1.attn": (7, 5), "h.1.mlp": (2, 30)}
 
 
-def plan(target=0.6):
-    return SparsityPlan.build(SHAPES, SparsityConfig(target=target, layers={"h.1.attn": 0.9}))
+def agenda(seed=0, **sparsity):
+    config = SparsityConfig.check({"target": 0.6, "layers": {"h.1.attn": 0.9}} | sparsity)
+    return Agenda(sparsity=config, shapes=SHAPES, steps=1, tokens_per_step=1, seed=seed)
 
 
 def cut(borders):
@@ -29,8 +33,14 @@ def cut(borders):
 SPLITS = {"1": [], "2": [0.5], "2, empty": [0], "3": [1 / 3, 2 / 3], "3, empty": [0.1, 0.1], "5": [0.2, 0.4, 0.6, 0.8]}
 
 
-def alone(seed=0, target=0.6):
-    return Topology.random(plan(target), cut([])[0], seed, ALONE)
+def draw(agenda, rows, ranks):
+    """The first topology of a rule that draws at random, whatever the weights are."""
+    values = {name: torch.full((here.count, here.cols), torch.nan) for name, here in rows.items()}
+    return first_topology(agenda, rows, values, ranks)
+
+
+def alone(seed=0, **sparsity):
+    return draw(agenda(seed, **sparsity), cut([])[0], ALONE)
 
 
 def small(mask):
@@ -41,25 +51,27 @@ def small(mask):
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.6, 0.9, 0.97])
 def test_nnz_is_the_plans(target):
-    topology = alone(target=target)
-    assert topology.nnz(ALONE) == plan(target).nnz
+    topology, nnz = alone(target=target), agenda(target=target).plan(0)
+    assert topology.nnz(ALONE) == nnz
+    assert (topology.shapes, topology.rows) == (SHAPES, cut([])[0])
     for name, mask in topology.masks.items():
         assert mask.dtype == torch.bool
-        assert (*mask.shape, int(mask.sum())) == (*SHAPES[name], plan(target).nnz[name])
+        assert (*mask.shape, int(mask.sum())) == (*SHAPES[name], nnz[name])
 
 
 @pytest.mark.parametrize("borders", SPLITS.values(), ids=SPLITS)
 def test_the_same_masks_at_any_split(borders):
-    def draw(rows, ranks):
-        topology = Topology.random(plan(), rows, 0, ranks)
-        return topology.masks, topology.digest(ranks), topology.nnz(ranks)
+    def here(rows, ranks):
+        topology = draw(agenda(), rows, ranks)
+        return topology.masks, topology.digest(ranks), topology.nnz(ranks), topology.digest_sums()
 
-    found = together(draw, cut(borders))
+    found = together(here, cut(borders))
     whole = alone()
     for name, mask in whole.masks.items():
-        assert torch.equal(torch.cat([masks[name] for masks, _, _ in found]), mask)
-    assert {digest for _, digest, _ in found} == {whole.digest(ALONE)}
-    assert all(nnz == plan().nnz for _, _, nnz in found)
+        assert torch.equal(torch.cat([masks[name] for masks, _, _, _ in found]), mask)
+    assert {digest for _, digest, _, _ in found} == {whole.digest(ALONE)}
+    assert all(nnz == agenda().plan(0) for _, _, nnz, _ in found)
+    assert torch.equal(sum(sums for _, _, _, sums in found), whole.digest_sums())  # modulo 2^64
 
 
 def draw_here():
@@ -71,7 +83,7 @@ def draw_here():
     assert group is not None
     ranks = ranks_of(group, torch.device("cpu"))
     borders = [i / dist.get_world_size() for i in range(1, dist.get_world_size())]
-    topology = Topology.random(plan(), cut(borders)[dist.get_rank()], 0, ranks)
+    topology = draw(agenda(), cut(borders)[dist.get_rank()], ranks)
     return {name: mask.tolist() for name, mask in topology.masks.items()}, topology.digest(ranks)
 
 
@@ -85,7 +97,7 @@ def test_the_same_masks_on_gloo_ranks(world_size):
 
 def test_layers_and_seeds_differ():
     masks, others = alone(seed=0).masks, alone(seed=1).masks
-    even = Topology.random(SparsityPlan.build(SHAPES, SparsityConfig(target=0.6)), cut([])[0], 0, ALONE).masks
+    even = alone(layers={}).masks
     assert even["h.0.attn"].sum() == even["h.1.attn"].sum()
     assert not torch.equal(even["h.0.attn"], even["h.1.attn"])
     assert all(not torch.equal(masks[name], others[name]) for name in SHAPES)
@@ -96,7 +108,7 @@ def test_layers_and_seeds_differ():
 def test_masks_are_uniform():
     """Live weights over 400 seeds: every position of 35 is live 0.4 of the time, within five standard deviations."""
     drawn = torch.stack([alone(seed=seed).masks["h.0.attn"] for seed in range(400)])
-    live = plan().nnz["h.0.attn"] / 35
+    live = agenda().plan(0)["h.0.attn"] / 35
     assert (drawn.float().mean(0) - live).abs().max() < 5 * (live * (1 - live) / 400) ** 0.5
 
 
@@ -130,6 +142,7 @@ def test_packing_shards_by_rows():
 
 def test_digest_is_what_it_was():
     assert small([[1, 0, 1], [0, 1, 0]]).digest(ALONE) == "62a41a6702d78505696897cff74d5341"  # checkpoints and reports name masks by it
+    assert alone().digest(ALONE) == "77cf683af075ccb58480256910da2bf2"  # a run draws what it always drew
 
 
 def test_digest_sees_one_moved_bit():
@@ -190,10 +203,50 @@ def test_replaced_masks_are_obeyed():
     """Nothing that is derived from the old masks survives."""
     topology = small([[1, 0]])
     before = topology.digest(ALONE)
-    topology.replace({"w": torch.tensor([[False, True]])})
+    other = {"w": torch.tensor([[False, True]])}
+    topology.replace(other, other)
     tensor = torch.tensor([[5.0, 6.0]])
     assert topology.leaks({"w": tensor}) == ["w"]
     topology.kill({"w": tensor})
     assert tensor.tolist() == [[0, 6]]
     assert topology.digest(ALONE) == small([[0, 1]]).digest(ALONE) != before
     assert topology.nnz(ALONE) == {"w": 1}
+
+
+def test_ever_collects_what_was_alive():
+    one, two = torch.tensor([[True, False, False]]), torch.tensor([[True, True]])
+    topology = Topology({"a": (1, 3), "b": (1, 2)}, {"a": Rows(0, 1, 3), "b": Rows(0, 1, 2)}, {"a": one, "b": two})
+    assert topology.ever == topology.masks
+    for mask, ever in (([0, 1, 0], [1, 1, 0]), ([1, 0, 0], [1, 1, 0]), ([0, 0, 1], [1, 1, 1])):
+        new = torch.tensor([mask], dtype=torch.bool)
+        topology.evolve({"a": new, "b": topology.masks["b"]})
+        assert topology.masks["a"] is new
+        assert topology.ever["a"].int().tolist() == [ever]
+    assert topology.ever["b"] is topology.masks["b"] is two  # a mask that never changes is kept once
+    assert one.tolist() == [[True, False, False]]
+
+
+def test_digest_sums_of_other_masks():
+    """Of what an update dropped and grew: before - dropped + grown is what is live after it, in every layer."""
+    topology = alone()
+    masks = dict(topology.masks)
+    dropped, grown = torch.zeros(13, 9, dtype=torch.bool), torch.zeros(13, 9, dtype=torch.bool)
+    live, dead = masks["h.0.mlp"].nonzero(), (~masks["h.0.mlp"]).nonzero()
+    dropped[live[3:9, 0], live[3:9, 1]] = grown[dead[:6, 0], dead[:6, 1]] = True
+    masks["h.0.mlp"] = masks["h.0.mlp"] & ~dropped | grown
+    sums = [topology.digest_sums(which) for which in (None, {"h.0.mlp": dropped}, {"h.0.mlp": grown}, masks)]
+    assert [sum_.dtype for sum_ in sums] == [torch.int64] * 4
+    assert sums[1].count_nonzero() == sums[2].count_nonzero() == 1
+    assert torch.equal(sums[0] - sums[1] + sums[2], sums[3])
+    assert not torch.equal(sums[0], sums[3])
+    topology.evolve(masks)
+    assert torch.equal(topology.digest_sums(), sums[3])
+
+
+def test_digest_sums_by_hand():
+    """Of the indices in the whole weight: the same bits in other rows count otherwise."""
+    mask = torch.tensor([[True, False, True]])
+    for first in (0, 2):
+        topology = Topology({"w": (3, 3)}, {"w": Rows(first, 1, 3)}, {"w": mask})
+        index = torch.tensor([3 * first, 3 * first + 2])
+        assert topology.digest_sums().tolist() == [int(counter.mix(index, counter.key("digest", "w")).sum())]

@@ -12,7 +12,9 @@ from raysparse.data.batch import Batch
 from raysparse.models.build import build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
-from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.evolve import first_topology
+from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology, pack, unpack
 from raysparse.train.loop import State, Training, train
 from raysparse.train.metrics import Console
@@ -60,19 +62,25 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
     (folder / "claim").write_text("me")
     model = build(settings.model, settings.run.seed, context=CONTEXT)
     whole = dict(model.named_parameters())
-    plan = SparsityPlan.build({name: tuple(whole[name].shape) for name in select(model, sparse.include, sparse.exclude)}, sparse)
+    agenda = Agenda(
+        sparsity=sparse,
+        shapes={name: tuple(whole[name].shape) for name in select(model, sparse.include, sparse.exclude)},
+        steps=int(settings.training.length.split()[0]),
+        tokens_per_step=settings.training.sequences * CONTEXT,
+        seed=settings.run.seed,
+    )
 
-    def topology(sharded: Any) -> Topology | None:
-        if plan.total == plan.size:
-            return None
-        return Topology.random(plan, {name: sharded.parts[name].rows for name in plan.shapes}, settings.run.seed, sharded.ranks)
+    def topology(sharded: Any) -> Topology:
+        rows = {name: sharded.parts[name].rows for name in agenda.shapes}
+        return first_topology(agenda, rows, sharded.local, sharded.ranks)
 
     tokens = Tokens(settings.model.overrides["vocab_size"])
     parts = training.Ingredients(
         model=model,
-        sparse=plan.shapes,
+        sparse=agenda.shapes,
         target=sparse.target,
-        topology=topology,
+        agenda=agenda,
+        topology=topology if sparse.wants_masks else None,
         feed=tokens,
         validation=tokens,
         num_validation=settings.training.validation_sequences,

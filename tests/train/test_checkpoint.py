@@ -121,7 +121,7 @@ def test_marker_knows_every_file(finished):
     folder, _ = finished
     for path in committed(folder / "checkpoints"):
         files = json.loads((path / MARKER).read_text())["files"]
-        assert files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp", "topology.jsonl"}
         assert files.keys() | {MARKER} == {file.name for file in path.iterdir()}
         assert damage(path) is None
 
@@ -140,7 +140,7 @@ def test_folder_without_its_marker_is_not_a_checkpoint(tmp_path):
     (died,) = spawn(unmarked, 1, str(tmp_path))
     assert died["state"]["step"] == 24
     left = tmp_path / "checkpoints" / "step_00000024"
-    assert {file.name for file in left.iterdir()} == {".metadata", "__0_0.distcp"}
+    assert {file.name for file in left.iterdir()} == {".metadata", "__0_0.distcp", "topology.jsonl"}
     assert newest(tmp_path / "checkpoints") is None
     (again,) = spawn(run, 1, str(tmp_path), LOOSE, SPARSE)
     (other,) = spawn(run, 1, str(tmp_path / "other"), LOOSE, SPARSE)

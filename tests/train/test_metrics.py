@@ -11,14 +11,15 @@ from raysparse.train.metrics import Console, LoggingConfig, Meter, line, rewind
 
 RECORD = {
     "stage": "pretrain", "step": 1200, "steps": 4768, "tokens": 10**9, "loss": 3.41214, "lr": 5.5e-4, "grad_norm": 0.31234,
-    "tokens_per_s": 118204.3, "seconds": 5.0, "bytes_sent": 12, "flops": 1.0, "sparsity": 0.75, "seconds_left": 3725.9,
+    "tokens_per_s": 118204.3, "seconds": 5.0, "bytes_sent": 12, "flops": 1.0, "sparsity": 0.75, "churn": 0.0312, "phase": "training",
+    "seconds_left": 3725.9,
 }  # fmt: skip
 
 
 def test_line():
     assert line(RECORD) == (
-        "        pretrain | step     1,200/4,768     | loss   3.4121 | lr 5.50e-04 | norm   0.3123 | sparsity 0.750 | "
-        "   118,204 tok/s | left   1:02:05"
+        "        pretrain | step     1,200/4,768     | loss   3.4121 | lr 5.50e-04 | norm   0.3123 | sparsity 0.750 | churn 0.031 | "
+        "   118,204 tok/s | left   1:02:05 | training"
     )
 
 

@@ -76,7 +76,7 @@ def handed_to_fairscale(folder: str) -> tuple[dict[str, int], int, int]:
     inner.register_step_post_hook(look)
     for step in range(3):
         forward_backward(t, step)
-        update(t)
+        update(t, step)
         for name, mask in masks_of(t).items():
             assert not t.sharded.local[name][~mask].any()  # what the owner has sent, too
             assert t.sharded.local[name][mask].all()
@@ -99,7 +99,7 @@ def bytes_sent(folder: str, kind: str) -> int:
     t, _ = assemble(folder, sections(kind) | {"model": WIRE}, SPARSE)
     for step in range(3):
         forward_backward(t, step)
-        update(t)
+        update(t, step)
     return t.sharded.wire.bytes_sent
 
 

@@ -79,7 +79,7 @@ def poisoned(folder: str) -> dict[float, dict]:
         norms = []
         for step in range(3):
             forward_backward(t, step)
-            norms.append((step, 0.0, update(t)))
+            norms.append((step, 0.0, update(t, step)[0]))
         results[factor] = snapshot(t) | {"history": norms}
     return results
 

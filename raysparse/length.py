@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from raysparse.config import ConfigError
+
 _FORM = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGB]?)\s*(steps?|tokens?|epochs?|%)\s*$")
 _SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -35,21 +37,29 @@ def steps(length: str, scale: Scale) -> int:
     """A length in whole optimizer steps, rounded to the nearest, halves up (at least 1 where it is not 0).
 
     Raises:
-        ValueError: epochs of a stream without end, or a share of a run whose length is being defined.
+        ConfigError: as `exact`.
+    """
+    amount = exact(length, scale)
+    return max(floor(amount + Fraction(1, 2)), int(amount > 0))
+
+
+def exact(length: str, scale: Scale) -> Fraction:
+    """A length in optimizer steps, not rounded.
+
+    Raises:
+        ConfigError: epochs of a stream without end, or a share of a run whose length is being defined.
     """
     match = _FORM.match(length)
     assert match, length
     amount, unit = Fraction(match[1].replace("_", "")) * _SCALE[match[2]], match[3]
     if unit.startswith("token"):
-        result = amount / scale.tokens_per_step
-    elif unit.startswith("epoch"):
+        return amount / scale.tokens_per_step
+    if unit.startswith("epoch"):
         if scale.steps_per_epoch is None:
-            raise ValueError(f"Expected steps or tokens. Got {length!r}: pre-training text is a stream, not epochs.")
-        result = amount * scale.steps_per_epoch
-    elif unit == "%":
+            raise ConfigError(f"Expected steps or tokens. Got {length!r}, but pre-training text has no epochs. Write it in tokens.")
+        return amount * scale.steps_per_epoch
+    if unit == "%":
         if scale.steps is None:
-            raise ValueError(f"Expected steps, tokens or epochs. Got {length!r}: the run's own length cannot be a share of it.")
-        result = amount / 100 * scale.steps
-    else:
-        result = amount
-    return max(floor(result + Fraction(1, 2)), int(amount > 0))
+            raise ConfigError(f"Expected steps, tokens or epochs. Got {length!r} of the run whose length this is. Write it in tokens.")
+        return amount / 100 * scale.steps
+    return amount

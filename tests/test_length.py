@@ -3,7 +3,7 @@
 import pytest
 
 from raysparse.config import Config, ConfigError
-from raysparse.train.length import Length, Scale, steps
+from raysparse.length import Length, Scale, steps
 
 
 class Holder(Config):
@@ -55,14 +55,14 @@ def test_a_bare_number_is_kept_as_text():
 
 
 def test_epochs_of_a_stream():
-    with pytest.raises(ValueError, match=r"^Expected steps or tokens\. Got '5 epochs': pre-training text is a stream, not epochs\.$"):
+    text = r"^Expected steps or tokens\. Got '5 epochs', but pre-training text has no epochs\. Write it in tokens\.$"
+    with pytest.raises(ConfigError, match=text):
         steps("5 epochs", Scale(1000, None, 200))
 
 
 def test_share_of_the_run_that_is_being_defined():
-    with pytest.raises(
-        ValueError, match=r"^Expected steps, tokens or epochs\. Got '10 %': the run's own length cannot be a share of it\.$"
-    ):
+    text = r"^Expected steps, tokens or epochs\. Got '10 %' of the run whose length this is\. Write it in tokens\.$"
+    with pytest.raises(ConfigError, match=text):
         steps("10 %", Scale(1000, 30, None))
 
 

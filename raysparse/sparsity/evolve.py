@@ -1,0 +1,220 @@
+"""Drop and grow: one update of a topology, exact at any number of ranks.
+
+For each layer with n live units (weights, or blocks), n' planned and a drop fraction f (arXiv:2408.11746, as its code has it)::
+
+    drop   d = max(floor(f n), n - n')    the live units with the smallest keep score
+    grow   n' - (n - d)                   the best of the units that are now dead, the d dropped ones included
+
+so that exactly n' live after it, in one update. A unit that is dropped and grown in the same update never died: it keeps its
+value and its moments; any other grown weight starts at 0. Where the pattern has groups, no group ever gets more than its share,
+n' / groups: the best units within that limit are chosen (a partition matroid, on which choosing greedily is optimal).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, prod
+
+import torch
+from torch import Tensor
+
+from raysparse.sparsity import counter
+from raysparse.sparsity.agenda import Agenda, TopologyUpdate
+from raysparse.sparsity.curve import decimal
+from raysparse.sparsity.distribution import Shape
+from raysparse.sparsity.pattern import Pattern
+from raysparse.sparsity.ranks import Ranks
+from raysparse.sparsity.select import top_masks
+from raysparse.sparsity.topology import Rows, Topology
+from raysparse.sparsity.view import WeightView
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New masks, with what the selection said about them, for the audit.
+
+    Attributes:
+        masks: name -> [rows, cols] bool.
+        dropped, grown: name -> [rows, cols] bool: what the selections chose; absent where the layer was left as it is.
+    """
+
+    masks: dict[str, Tensor]
+    dropped: dict[str, Tensor]
+    grown: dict[str, Tensor]
+
+
+def first_topology(agenda: Agenda, rows: Mapping[str, Rows], values: Mapping[str, Tensor], ranks: Ranks) -> Topology:
+    """The topology that a run begins with: exactly ``agenda.plan(0)`` live weights, the best by ``rule.first_score``.
+
+    Random for all rules but those that prune (SPDF, arXiv:2303.10464, section 2.1): a weight lives if its key, a function of
+    (seed, name, element), is among the nnz largest. Every rank calls this; the result does not depend on how many there are.
+
+    Args:
+        rows: name -> this rank's rows of each sparse weight.
+        values: name -> [rows, cols].
+    """
+    rule, pattern, nnz = agenda.spans[0].rule, agenda.sparsity.pattern, agenda.plan(0)
+    views = {
+        name: _view(values[name], values[name].new_empty(0), here, pattern, counter.key(agenda.seed, "mask", name))
+        for name, here in rows.items()
+    }
+    everything = [torch.ones(view.count, dtype=torch.bool, device=view.value.device) for view in views.values()]
+    counts = [nnz[name] // pattern.side**2 for name in rows]
+    room = [_room(nnz[name], agenda.shapes[name], rows[name], pattern, view.value.device) for name, view in views.items()]
+    scores = [rule.first_score(view) for view in views.values()]
+    chosen = _choose(_keys(scores, pattern, ranks), everything, counts, room, list(rows.values()), pattern, ranks)
+    masks = {name: _weights(mask, rows[name], pattern) for name, mask in zip(rows, chosen, strict=True)}
+    return Topology(agenda.shapes, rows, masks)
+
+
+def propose(
+    agenda: Agenda,
+    update: TopologyUpdate,
+    topology: Topology,
+    live: Mapping[str, int],
+    values: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> Proposal:
+    """The masks after an update; nothing is changed yet.
+
+    Args:
+        live: live weights of each layer over all ranks, as the topology has them.
+        values: name -> [rows, cols], zero where dead.
+        gradients: name -> [rows, cols], the mean gradient, dense; read where the rule does.
+
+    Every rank calls this with the same update.
+    """
+    rule, pattern = agenda.span(update.step).rule, agenda.sparsity.pattern
+    keep, grow = _counts(update, live, topology.shapes, pattern)
+    names, here = list(keep), [topology.rows[name] for name in keep]
+    views = [
+        _view(
+            values[name],
+            gradients[name] if rule.reads_gradient else values[name].new_empty(0),
+            topology.rows[name],
+            pattern,
+            counter.key(agenda.seed, "grow", update.version, name),
+        )
+        for name in names
+    ]
+    before = [_units(topology.masks[name], pattern) for name in names]
+    room = [
+        _room(update.nnz[name], topology.shapes[name], rows, pattern, mask.device)
+        for name, rows, mask in zip(names, here, before, strict=True)
+    ]
+    keys = _keys([rule.keep_score(view) for view in views], pattern, ranks)
+    kept = _choose(keys, before, list(keep.values()), room, here, pattern, ranks)
+    grown = [torch.zeros_like(mask) for mask in kept]
+    left = list(grow.values())
+    parts = list(zip(*(rule.grow_scores(view) for view in views), strict=True)) if any(left) else []
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        counts = [count if last else floor(decimal(share) * grow[name]) for count, (share, _), name in zip(left, part, names, strict=True)]
+        taken = [old | new for old, new in zip(kept, grown, strict=True)]
+        free = [None if r is None else r - _by_group(mask, rows, pattern) for r, mask, rows in zip(room, taken, here, strict=True)]
+        keys = _keys([score for _, score in part], pattern, ranks)
+        chosen = _choose(keys, [~mask for mask in taken], counts, free, here, pattern, ranks)
+        grown = [old | new for old, new in zip(grown, chosen, strict=True)]
+        left = [a - b for a, b in zip(left, counts, strict=True)]
+    masks = dict(topology.masks)
+    dropped, came = {}, {}
+    for name, rows, old, stays, new in zip(names, here, before, kept, grown, strict=True):
+        masks[name] = _weights(stays | new, rows, pattern)
+        dropped[name] = _weights(old & ~stays, rows, pattern)
+        came[name] = _weights(new, rows, pattern)
+    return Proposal(masks, dropped, came)
+
+
+def _counts(
+    update: TopologyUpdate, live: Mapping[str, int], shapes: Mapping[str, Shape], pattern: Pattern
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Units that each layer keeps, and grows, over all ranks; layers that stay as they are, are absent."""
+    keep, grow = {}, {}
+    for name, shape in shapes.items():
+        n, planned = live[name] // pattern.side**2, update.nnz[name] // pattern.side**2
+        drop = max(floor(decimal(update.drop_fraction) * n), n - planned)
+        dense = n == planned == prod(pattern.units(shape))
+        if not dense and (drop > 0 or planned > n):
+            keep[name], grow[name] = n - drop, planned - (n - drop)
+    return keep, grow
+
+
+def _view(value: Tensor, grad: Tensor, rows: Rows, pattern: Pattern, key: int) -> WeightView:
+    width = rows.cols // pattern.side
+    return WeightView(value, grad, rows.first // pattern.side * width, rows.count // pattern.side * width, key)
+
+
+def _units(mask: Tensor, pattern: Pattern) -> Tensor:
+    """[rows, cols] bool of weights -> [units] bool."""
+    return mask[:: pattern.side, :: pattern.side].flatten()
+
+
+def _weights(units: Tensor, rows: Rows, pattern: Pattern) -> Tensor:
+    """The inverse of `_units`."""
+    side = pattern.side
+    grid = units.view(rows.count // side, rows.cols // side)
+    return grid if side == 1 else grid.repeat_interleave(side, 0).repeat_interleave(side, 1)
+
+
+def _keys(scores: Sequence[Tensor], pattern: Pattern, ranks: Ranks) -> list[Tensor]:
+    """[units] int32 in [0, 2^31) that order as the scores do; integers are keys already."""
+    if scores and not scores[0].is_floating_point():
+        return list(scores)
+    if pattern.side > 1:
+        scores = _block_sums(scores, pattern.side, ranks)
+    return [score.float().contiguous().view(torch.int32).flatten() & 0x7FFFFFFF for score in scores]
+
+
+def _block_sums(scores: Sequence[Tensor], side: int, ranks: Ranks) -> list[Tensor]:
+    """[rows, cols] scores >= 0 -> [rows / side, cols / side] sums, bit-equal however rows are spread or summed.
+
+    Scores are scaled by a power of two that fits the largest of the weight and added as 62-bit integers, which is associative.
+    """
+    peaks = torch.tensor([float(score.max()) if score.numel() else 0.0 for score in scores], dtype=torch.float64)
+    peaks = ranks.max(peaks.nan_to_num(0.0, 0.0, 0.0))
+    exponents = 61 - 2 * (side.bit_length() - 1) - torch.frexp(peaks)[1]
+    sums = []
+    for score, exponent in zip(scores, exponents, strict=True):
+        rows, cols = score.shape
+        whole = torch.ldexp(score.double(), exponent.to(score.device)).round().long()
+        sums.append(whole.view(rows // side, side, cols // side, side).sum((1, 3)).float())
+    return sums
+
+
+def _room(nnz: int, shape: tuple[int, ...], rows: Rows, pattern: Pattern, device: torch.device) -> Tensor | None:
+    """[groups here] int64: units that may live in each group; None where there are no groups."""
+    groups = pattern.num_groups((shape[0], shape[1]))
+    if groups == 0:
+        return None
+    here = rows.count * rows.cols // pattern.side**2 // pattern.group(rows.cols)
+    return torch.full((here,), nnz // pattern.side**2 // groups, device=device)
+
+
+def _by_group(mask: Tensor, rows: Rows, pattern: Pattern) -> Tensor:
+    """[groups here] int64: units in each group."""
+    return mask.view(-1, pattern.group(rows.cols)).sum(1)
+
+
+def _choose(
+    keys: Sequence[Tensor],
+    eligible: Sequence[Tensor],
+    counts: Sequence[int],
+    room: Sequence[Tensor | None],
+    rows: Sequence[Rows],
+    pattern: Pattern,
+    ranks: Ranks,
+) -> list[Tensor]:
+    """For each layer [units] bool: the `counts` best eligible units over all ranks, at most `room` in a group."""
+    keys = [key | (mask.int() - 1) for key, mask in zip(keys, eligible, strict=True)]  # else -1; 2.5 times faster than torch.where
+    allowed = [
+        key if limit is None else _best_in_group(key.view(-1, pattern.group(here.cols)), limit).flatten()
+        for key, limit, here in zip(keys, room, rows, strict=True)
+    ]
+    return top_masks(allowed, counts, ranks)
+
+
+def _best_in_group(keys: Tensor, limit: Tensor) -> Tensor:
+    """[groups, size] keys with -1 in place of all but the `limit` ([groups]) largest of each group (ties: the earlier)."""
+    order = keys.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(keys.shape[1], device=keys.device).expand_as(order))
+    return keys.where(place < limit.unsqueeze(1), -1)
