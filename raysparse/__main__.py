@@ -7,6 +7,7 @@ raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
+raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
 """
 
@@ -22,17 +23,18 @@ from raysparse.config import Config, ConfigError, load, merge, parse_override, r
 
 HELP = {
     "plan": ("show what a run will be, and train nothing", "Prints the resolved config, every sparse layer with its exact number of "
-             "live weights (nnz), counted FLOPs, and the estimated memory and communication of a rank."),
-    "pretrain": ("pre-train, dense or with static masks", "Tokenizes the data once (cached), then trains on Ray Train workers. The same "
-                 "command again goes on from the last checkpoint. The run folder ends with summary.json and export/, a "
-                 "Hugging Face model."),
+             "live weights (nnz), the phases and the density over time, counted FLOPs, and the estimated memory and communication of "
+             "a rank."),
+    "pretrain": ("pre-train, dense or with masks, static or evolving", "Tokenizes the data once (cached), then trains on Ray Train "
+                 "workers. The same command again goes on from the last checkpoint. The run folder ends with summary.json and export/, "
+                 "a Hugging Face model."),
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
     "evaluate": ("score a model on a task", "Every worker answers its share of the examples; predictions.jsonl keeps the answers."),
     "export": ("turn a run's checkpoint into a Hugging Face folder", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
                "AutoModelForCausalLM.from_pretrained loads the result."),
-    "compare": ("pre-train a dense twin and a sparse model, fine-tune both, compare", "Runs all stages in one worker group and ends "
-                "with a table and report.html."),
+    "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
+                "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
 
 

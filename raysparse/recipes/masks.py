@@ -31,7 +31,8 @@ _POPCOUNT = torch.tensor([value.bit_count() for value in range(256)])
 
 def find(path: str, folder: Path) -> Path:
     """What `path` names: a file or folder, or a run below `folder`."""
-    for place in (Path(path).expanduser().absolute(), folder.expanduser().absolute() / path):
+    here, below = Path(path).expanduser().absolute(), folder.expanduser().absolute() / path
+    for place in (here, below) if "/" in path else (below, here):
         if place.exists():
             return place
     raise ConfigError(
@@ -187,9 +188,9 @@ def _place(found: Path) -> Path:
         if (problem := checkpoint.damage(found)) is not None:
             raise ConfigError(f"Expected an undamaged checkpoint at {found}. Got: {problem}. Use another one.")
         return found
-    newest = checkpoint.newest(found / "checkpoints")
-    if newest is not None:
-        return newest
+    finished = (found / "summary.json").exists() and (found / "export" / MASKS).exists()
+    if not finished and (newest := checkpoint.newest(found / "checkpoints")) is not None:
+        return newest  # a finished run may have gone back to an earlier version than its newest checkpoint's
     for file in (found / MASKS, found / "export" / MASKS):
         if file.exists():
             return file

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -21,12 +22,13 @@ from raysparse.train.run import resolve_device, resolve_dtype
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. The first four are exact; activations are an estimate (`estimate_memory`)."""
+    """Bytes on one rank. The first four are exact; the others are estimates (`estimate_memory`)."""
 
     weights: int
     gradients: int
     moments: int
     masks: int
+    update: int
     gathered: int
     activations: int
 
@@ -80,7 +82,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         ],
         "density": densities(agenda),
         "mean_density": mean_density(agenda),
-        "mean_attention_density": training.mean_attention_density(agenda, arch, context),
+        "mean_attention_density": training.mean_attention_density(agenda, arch, context, agenda.steps),
         "updates": len(agenda.update_steps),
         "flops": ledger.savings().to_dict() | {"reduction_head_excluded": reduction_head_excluded(agenda, arch, config)},
         "steps": pace.steps,
@@ -146,7 +148,10 @@ def reduction_head_excluded(agenda: Agenda, arch: Architecture, config: Pretrain
     """Dense / counted FLOPs of the blocks alone, were the head dense: what the same target saves on what every convention counts."""
     shapes = {name: shape for name, shape in agenda.shapes.items() if name != arch.head}
     nnz = {name: count for name, count in agenda.nnz.items() if name != arch.head}
-    blocks_only = Agenda.check(agenda.model_dump() | {"shapes": shapes, "nnz": nnz})
+    values = agenda.model_dump() | {"shapes": shapes, "nnz": nnz}
+    levels = agenda.sparsity.layers.items()
+    values["sparsity"]["layers"] = {key: level for key, level in levels if any(fnmatchcase(name, key) for name in shapes)}
+    blocks_only = Agenda.check(values)
     return count_flops(blocks_only, arch, config.data.context, config.flops.convention).savings().reduction_without_head
 
 
@@ -154,9 +159,10 @@ def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: t
     """Bytes on one rank in a step.
 
     Weights, gradients and both moments are float32, masks 1 byte a weight while training (1 bit at rest), twice where the topology
-    evolves, all spread over the shards. Gathered: what FSDP2 holds whole at a time, the root's weights and two blocks. Activations follow
-    34 T b d bytes a block in 16 bits with fused attention (Korthikanti et al. 2022, arXiv:2205.05198, table 2, without the
-    5 a T^2 b of unfused scores), twice that in 32 bits, plus three float32 copies of the logits.
+    evolves, all spread over the shards. An update takes 31 bytes a sparse weight more at its peak (measured), for scores and keys.
+    Gathered: what FSDP2 holds whole at a time, the root's weights and two blocks. Activations follow 34 T b d bytes a block in 16
+    bits with fused attention (Korthikanti et al. 2022, arXiv:2205.05198, table 2, without the 5 a T^2 b of unfused scores), twice
+    that in 32 bits, plus three float32 copies of the logits.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total, width = sum(sizes.values()), dtype.itemsize
@@ -175,6 +181,7 @@ def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: t
         gradients=4 * total // owners,
         moments=8 * total // owners,
         masks=sum(map(prod, agenda.shapes.values())) * agenda.sparsity.wants_masks * (2 if agenda.update_steps else 1) // shards,
+        update=31 * sum(map(prod, agenda.shapes.values())) * bool(agenda.update_steps) // shards,
         gathered=gathered,
         activations=blocks_now + 3 * 4 * tokens * model.config.vocab_size,
     )

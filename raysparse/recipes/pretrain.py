@@ -18,7 +18,7 @@ from raysparse.recipes import training
 from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.sparsity.agenda import Agenda
-from raysparse.sparsity.evolve import first_topology
+from raysparse.sparsity.evolve import first_topology, has_grain
 from raysparse.sparsity.flops import Convention
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
 from raysparse.sparsity.topology import Topology, pack, unpack
@@ -87,6 +87,8 @@ def given_masks(config: PretrainConfig, model: Any) -> dict[str, Tensor]:
     sparsity = config.sparsity
     if not sparsity.given:
         return {}
+    if (own := config.run.path / FIRST_MASKS).exists():  # of a run that goes on, whatever became of the source
+        return load_file(str(own))
     shapes = sparse_shapes(config, model)
     if sparsity.masks is not None:
         source = sparsity.masks
@@ -103,6 +105,11 @@ def given_masks(config: PretrainConfig, model: Any) -> dict[str, Tensor]:
         raise ConfigError(
             f"Expected masks of the {len(shapes)} sparse weights in {source}. Got {len(wrong)} that differ, such as {wrong[0]}. "
             "Use masks of this model, or set sparsity.include and exclude to the weights that have masks."
+        )
+    if coarse := [n for n, shape in shapes.items() if not has_grain(unpack(found[n], shape[1]), sparsity.pattern)]:
+        raise ConfigError(
+            f"Expected masks of the pattern {sparsity.pattern.model_dump()} in {source}. Got others in {len(coarse)} weights, such as "
+            f"{coarse[0]}. Use masks of this pattern, or sparsity.pattern={{type: unstructured}}."
         )
     live, size = sum(nnz_of_bits(found).values()), sum(map(prod, shapes.values()))
     if sparsity.target and abs(1 - live / size - sparsity.target) > 1e-3:
@@ -145,8 +152,10 @@ def open_run(config: PretrainConfig) -> Job:
     if given:
         content["masks"] = _name_masks(given)
     job = open_job("pretrain", config, config.run, asdict(prepared), content)
-    if given:  # the workers read this copy, whatever becomes of the source
-        save_file(given, str(job.path / FIRST_MASKS))
+    if given:
+        partial = job.path / f".{FIRST_MASKS}"
+        save_file(given, str(partial))
+        partial.rename(job.path / FIRST_MASKS)
     return job
 
 

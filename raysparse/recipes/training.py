@@ -137,7 +137,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         extra = checkpointer.load(found)
         state = State(**extra["state"])
         ledger = Ledger.from_dict(extra["ledger"])
-        history = [json.loads(line) for line in (found / HISTORY).read_text().splitlines()] if topology is not None else []
+        history = [] if topology is None else read_history(found)
         run.show({"text": f"{job.path.name}: going on from {found.name}"})
     keeper = None
     if topology is not None:
@@ -172,6 +172,17 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         guard=lambda: check_claim(job),
     )
     return training, state
+
+
+def read_history(found: Path) -> list[dict[str, Any]]:
+    """What a checkpoint knows of the topology up to it."""
+    file = found / HISTORY
+    if not file.exists():
+        raise ConfigError(
+            f"Expected {HISTORY} in the checkpoint {found}. Got none: it is of a version of raysparse that did not keep a history. "
+            f"Choose another run.name; sparsity.masks={found} starts from its masks."
+        )
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:
@@ -275,14 +286,15 @@ def history_of(t: Training, steps: int) -> dict[str, Any]:
         "mean_churn": sum(record["churn"] for record in updates) / max(1, len(updates)),
         "seconds_per_update": sum(record["seconds"] for record in updates) / max(1, len(updates)),
         "mean_density": sum(span * sum(r["nnz"].values()) for span, r in zip(spans, history, strict=True)) / total / max(1, steps),
-        "mean_attention_density": mean_attention_density(t.agenda, t.arch, t.context),
+        "mean_attention_density": mean_attention_density(t.agenda, t.arch, t.context, steps),
     }
 
 
-def mean_attention_density(agenda: Agenda, arch: Architecture, context: int) -> float:
-    """Share of full causal attention that a run computes, over its steps."""
-    of = [(span.end - span.first) * span.phase.attention.mean_density(context, arch.layers, arch.heads) for span in agenda.spans]
-    return sum(of) / agenda.steps
+def mean_attention_density(agenda: Agenda, arch: Architecture, context: int, steps: int) -> float:
+    """Share of full causal attention that a run computes, over its first `steps` steps."""
+    lengths = [max(0, min(span.end, steps) - span.first) for span in agenda.spans]
+    of = [span.phase.attention.mean_density(context, arch.layers, arch.heads) for span in agenda.spans]
+    return sum(length * density for length, density in zip(lengths, of, strict=True)) / max(1, steps)
 
 
 def header(job: Job, config: Config, run: Run) -> dict[str, Any]:

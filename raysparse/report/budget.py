@@ -38,5 +38,5 @@ def equal_flops_text(runs: Sequence[Run]) -> str | None:
     return (
         f"Validation loss at equal counted FLOPs ({budget:.3e}, all that the cheapest run spent): "
         f"{', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}. The others are seen in mid-course, where their "
-        "learning rate is still high."
+        "learning rate is still high. The dense gradients of updates are not counted here."
     )

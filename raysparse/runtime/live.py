@@ -18,7 +18,7 @@ MANAGER = "manager.json"
 NAMESPACE = "raysparse"
 
 
-def ask(folder: Path, timeout_s: float = 5.0) -> tuple[dict[str, Any], float]:
+def ask(folder: Path, timeout_s: float = 10.0) -> tuple[dict[str, Any], float]:
     """`MaskManager.view` of a run, and the seconds it took.
 
     Raises:

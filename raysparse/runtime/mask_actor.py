@@ -61,13 +61,13 @@ class ManagerProxy:
 
     def _answer(self, reference: Any) -> Any:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
             return ray.get(reference, timeout=self._patience_s)
         except GetTimeoutError:
             raise self._lost(f"no answer within {self._patience_s:.0f} s") from None
-        except RayActorError as error:
+        except (RayActorError, RayTaskError) as error:  # it is gone, or could not write its journal
             raise self._lost(str(error).splitlines()[-1].rstrip(".")) from None
 
     def _lost(self, problem: str) -> ConnectionError:

@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 from raysparse.runtime.mask_actor import ManagerProxy
-from raysparse.train.checkpoint import MARKER
+from raysparse.train.checkpoint import MARKER, committed
 from raysparse.train.metrics import Console
 
 PROGRESS = "progress.jsonl"
@@ -66,8 +66,9 @@ def follow(progress: Path, console: Console, stop: Event) -> None:
 
 
 def _when_committed(reported: Any, checkpoint: Path, timeout_s: float = 1800.0) -> Any:
+    """Wait for the marker of a checkpoint, or of a later one: quick steps may have pruned this one by then."""
     deadline = time.monotonic() + timeout_s
-    while not (checkpoint / MARKER).exists():
+    while not any(found >= checkpoint for found in committed(checkpoint.parent)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"Expected {checkpoint / MARKER} within {timeout_s:.0f} s. Got nothing; is the storage full or gone?")
         time.sleep(0.05)

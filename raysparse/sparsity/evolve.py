@@ -139,6 +139,13 @@ def _counts(
     return keep, grow
 
 
+def has_grain(mask: Tensor, pattern: Pattern) -> bool:
+    """Whether a whole [rows, cols] mask is made of the pattern's units, equally many of them in each group."""
+    rows, units = Rows(0, *mask.shape), _units(mask, pattern)
+    counts = _by_group(units, rows, pattern) if pattern.group(rows.cols) else units[:0]
+    return torch.equal(_weights(units, rows, pattern), mask) and bool((counts == counts[:1]).all())
+
+
 def _view(value: Tensor, grad: Tensor, rows: Rows, pattern: Pattern, key: int) -> WeightView:
     width = rows.cols // pattern.side
     return WeightView(value, grad, rows.first // pattern.side * width, rows.count // pattern.side * width, key)

@@ -54,17 +54,24 @@ class Journal:
             raise
         self.header, self.records, self._end = dict(header), list(records), end
 
-    def append(self, record: dict[str, Any]) -> None:
-        """One more record; it is on the disk when this returns. After an error (a full disk) it is as if it had not been tried."""
+    def append(self, record: dict[str, Any]) -> bool:
+        """One more record; it is on the disk when this returns. After an error (a full disk) it is as if it had not been tried.
+
+        Returns:
+            False if another writer owns the file, which is then left alone.
+        """
         line = _line(record)
         with self.path.open("r+b") as stream:  # not "a": it would make a new file where the journal was deleted
-            stream.seek(self._end)
+            if stream.read(len(self._mark)) != self._mark:
+                return False
+            stream.seek(self._end)  # a writer that begins from here on has a file of its own; this one is gone then
             stream.write(line)
             stream.truncate()  # of a line that is torn
             stream.flush()
             os.fsync(stream.fileno())
         self._end += len(line)
         self.records.append(record)
+        return True
 
     @property
     def _mark(self) -> bytes:

@@ -121,8 +121,8 @@ class MaskManager:
         nnz = last["nnz"] if skipped else update.nnz
         if (problem := _of_update(votes, self._agenda, version, last, nnz, skipped)) is not None:
             return self._refuse(f"{problem}. {AGAIN}")
-        self._journal.append(_record(self._agenda, update, nnz, votes, seconds, skipped))
-        return Verdict(True, attempt)
+        written = self._journal.append(_record(self._agenda, update, nnz, votes, seconds, skipped))
+        return Verdict(True, attempt) if written else self._stale(attempt)
 
     def published(self, attempt: int, version: int, checkpoint: str) -> None:
         """A checkpoint that holds a version is complete. Of a fenced attempt it is no news."""
@@ -170,8 +170,9 @@ class MaskManager:
 
     def _fenced(self, attempt: int) -> Verdict | None:
         """What an attempt that is no longer the current one is told."""
-        if attempt == self._attempt and self._journal.owned:
-            return None
+        return None if attempt == self._attempt and self._journal.owned else self._stale(attempt)
+
+    def _stale(self, attempt: int) -> Verdict:
         return self._refuse(
             f"Expected attempt {attempt} to be the current one of {self._journal.path.parent}. Got another that began after it, and "
             "goes on. Nothing to do."

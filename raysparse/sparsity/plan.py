@@ -54,6 +54,8 @@ class SparsityConfig(Config):
 
     @model_validator(mode="after")
     def _realizable(self) -> Self:
+        if self.given and (self.layers or self.distribution.type != "uniform"):
+            raise ValueError("Expected neither layers nor a distribution where the masks are given: they say how many live. Drop them")
         if isinstance(self.pattern, NM) and self.wants_masks:
             n, m = self.pattern.n, self.pattern.m
             fits = self.given or abs(self.target - (1 - n / m)) < 1e-6  # 2/3 has no end as a decimal

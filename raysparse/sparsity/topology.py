@@ -1,6 +1,7 @@
 """The masks of a model: which weights live. Sharded by rows, exactly like the weights."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,9 +77,11 @@ class Topology:
         masks = self.masks if masks is None else masks
         sums = torch.zeros(len(self.masks), dtype=torch.int64)
         for i, name in enumerate(self.masks):
-            if name in masks:
-                index = masks[name].flatten().nonzero().flatten() + self.rows[name].first * self.rows[name].cols
-                sums[i] = counter.mix(index, counter.key("digest", name)).sum().cpu()
+            if name not in masks:
+                continue
+            first, key = self.rows[name].first * self.rows[name].cols, counter.key("digest", name)
+            for start, part in zip(itertools.count(first, counter.CHUNK), masks[name].flatten().split(counter.CHUNK), strict=False):
+                sums[i] += counter.mix(part.nonzero().flatten() + start, key).sum().cpu()
         return sums
 
     def digest(self, ranks: Ranks) -> str:

@@ -57,7 +57,7 @@ class Keeper:
         agenda: what happens when.
         topology: this rank's rows of the masks.
         live: live weights of each layer over all ranks.
-        keeps_moments: whether dead weights may have moments in this run (`Rewiring.reset_grown_state`).
+        keeps_moments: whether dead weights may have moments in some phase of this run (`Rewiring.reset_grown_state`).
     """
 
     def __init__(self, agenda: Agenda, topology: Topology, sharded: Sharded, optimizer: Optimizer, manager: Callable[[], Manager]):
@@ -112,7 +112,7 @@ class Keeper:
         seconds = time.perf_counter() - began
         self._agreed(lambda manager: manager.commit(self._attempt, update.version, step, votes, seconds, skipped))
         if not skipped:
-            self._swap(proposal, values)
+            self._swap(proposal, values, rule.resets_state)
             self.live = dict(update.nnz)
         replica = [vote for vote in votes if vote.replica == 0]
         churn = sum(sum(vote.changed) for vote in replica) / sum(self.live.values())
@@ -139,14 +139,17 @@ class Keeper:
         names = [name for name, count in zip(gradients, found, strict=True) if count]
         return f"the gradient of {', '.join(names[:3])} is not finite" if names else None
 
-    def _swap(self, proposal: Proposal, values: Mapping[str, Tensor]) -> None:
+    def _swap(self, proposal: Proposal, values: Mapping[str, Tensor], resets_state: bool) -> None:
         """New masks; what they leave out is zeroed. Grown weights are zero and, unless kept, so are their moments."""
+        before = self.topology.masks
         self.topology.evolve(proposal.masks)
         self.topology.kill(values)
-        if not self.keeps_moments:
+        if resets_state:
             for which in ("exp_avg", "exp_avg_sq"):
                 found = moments(self._sharded, self._optimizer, which)
                 self.topology.kill({name: found[name] for name in self.topology.masks if name in found})
+                for name in before.keys() & found.keys() if self.keeps_moments else ():  # of a phase that kept them
+                    found[name].masked_fill_(proposal.masks[name] & ~before[name], 0.0)
 
     def _gather(
         self, before: Tensor, expected: Tensor, after: Tensor, masks: Mapping[str, Tensor], born: Mapping[str, Tensor]

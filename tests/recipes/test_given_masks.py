@@ -97,6 +97,14 @@ def test_masks_of_every_version_are_those_that_the_run_reports(train):
             {"target": 0, "masks": "first", "evolution": {"type": "set"}, "timeline": [{"sparsity": {"type": "polynomial"}}]},
             "Expected a constant sparsity where the masks are given",
         ),
+        (
+            {"target": 0, "masks": "first", "pattern": {"type": "block", "size": 16}},
+            "Expected masks of the pattern .*'block'.* Got others in 8",
+        ),
+        (
+            {"target": 0, "masks": "first", "pattern": {"type": "n:m", "n": 2, "m": 4}},
+            "Expected masks of the pattern .*'n:m'.* Got others in 8",
+        ),
         ({"target": 0, "masks": "nobody"}, "nobody"),
     ],
 )
@@ -108,16 +116,17 @@ def test_masks_that_do_not_fit_are_refused_before_anything_starts(train, pretrai
     assert not config.run.path.exists()
 
 
-def test_other_masks_under_the_same_name_are_another_run(train, pretrain_values):
-    train("first")
-    _, folder = train("second", sparsity={"target": 0, "masks": "first"})
+def test_a_run_goes_on_with_its_own_copy_whatever_became_of_the_source(train, pretrain_values):
+    _, folder = train("first")
     masks = load_file(folder.parent / "first" / "export" / "masks.safetensors")
     name = "transformer.h.0.attn.c_attn.weight"
     masks[name] = masks[name].flip(0)
     moved = folder.parent / "moved.safetensors"
     save_file(masks, moved)
     values = merge(pretrain_values, {"run": {"name": "third"}, "sparsity": {"target": 0, "masks": str(moved)}})
-    pretrain.open_run(PretrainConfig.check(values))
-    save_file({key: bits.flip(0) for key, bits in masks.items()}, moved)
-    with pytest.raises(ConfigError, match="Got other content of: masks"):
-        pretrain.open_run(PretrainConfig.check(values))
+    job = pretrain.open_run(PretrainConfig.check(values))
+    kept = load_file(job.path / "first_masks.safetensors")
+    assert torch.equal(kept[name], masks[name])
+    moved.unlink()
+    again = pretrain.open_run(PretrainConfig.check(values))  # it goes on with its own copy
+    assert torch.equal(load_file(again.path / "first_masks.safetensors")[name], kept[name])

@@ -135,7 +135,8 @@ def test_a_run_is_found_by_its_name(evolved, tmp_path, monkeypatch):
     assert nnz_of_bits(read_masks("evolved", folder.parent)) == end["nnz"]
     assert find("evolved", folder.parent) == folder
     (tmp_path / "evolved").mkdir()
-    assert find("evolved", folder.parent) == tmp_path / "evolved"  # what lies here comes first
+    assert find("evolved", folder.parent) == folder  # a bare name is a run's, if there is one
+    assert find("./evolved", folder.parent) == tmp_path / "evolved"
 
 
 def test_a_run_without_checkpoints_stands_for_its_export(export, tmp_path):

@@ -68,6 +68,12 @@ def test_one_worker_equals_this_process(ray_instance, pretrain_values, tmp_path)
 
 def test_a_killed_worker_changes_nothing(ray_instance, pretrain_values):
     longer = {"training": {"length": 240, "validate_every": 240}, "checkpoint": {"every": 40}, "logging": {"every": 10}}
+    attention = {"type": "local_or_strided", "width": 4, "stride": 4}
+    timeline = [
+        {"name": "warm_up", "length": "40 %", "sparsity": {"type": "polynomial"}, "attention": attention},
+        {"name": "ultra", "length": "60 %"},
+    ]
+    longer["sparsity"] = {"evolution": {"type": "mixed", "update_interval": 7}, "timeline": timeline}
     calm = config(pretrain_values, run={"name": "calm", "workers": 2}, **longer)
     killed = config(pretrain_values, run={"name": "killed", "workers": 2}, **longer)
     jobs = pretrain.open_run(calm), pretrain.open_run(killed)
@@ -82,6 +88,11 @@ def test_a_killed_worker_changes_nothing(ray_instance, pretrain_values):
     assert differing(*jobs) == []
     assert a["loss"] == b["loss"]
     assert a["flops"] == b["flops"]
+    assert a["topology"]["updates"] == b["topology"]["updates"] == 33
+    assert a["sparsity"] == b["sparsity"]
+    histories = [[json.loads(line) for line in (job.path / "topology.jsonl").read_text().splitlines()] for job in jobs]
+    assert [h[0]["attempt"] for h in histories] == [1, 2]
+    assert [r["digest"] for r in histories[0][1:]] == [r["digest"] for r in histories[1][1:]]
     assert a["tokens"] == b["tokens"]
     steps = [json.loads(line)["step"] for line in (jobs[1].path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(10, 241, 10))
