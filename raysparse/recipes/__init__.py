@@ -29,6 +29,7 @@ def text(summary: dict[str, Any], job: Job) -> str:
             f"sparse weights    {sparsity['nnz']:,} live of {sparsity['total']:,} (sparsity {sparsity['actual']:.4f})",
             f"training FLOPs    {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x "
             f"({flops['convention']}); counted = if zeros were skipped, dense kernels skip none",
+            *_topology(summary),
             f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
             f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by {summary['workers']} workers",
             f"model             {job.path / 'export'}",
@@ -38,3 +39,14 @@ def text(summary: dict[str, Any], job: Job) -> str:
         for name, value in task["scores"].items():
             lines.append(f"{name:<17} {value:.2f} (baseline {task['baseline'][name]:.2f}) on {task['num_examples']:,} examples")
     return "\n".join(lines)
+
+
+def _topology(summary: dict[str, Any]) -> list[str]:
+    found = summary["topology"]
+    if not found.get("updates"):
+        return []
+    return [
+        f"topology          {found['updates']:,} updates ({found['skipped']} skipped), density {found['mean_density']:.4f} in the mean, "
+        f"{found['explored']:.1%} of the sparse weights explored; "
+        f"{summary['flops']['reduction_with_updates']:.2f}x with the dense gradients of updates counted"
+    ]

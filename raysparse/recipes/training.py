@@ -217,6 +217,8 @@ def carry_out(
     state = train(t, state)
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
+    if (last := parts.agenda.spans[-1].phase.attention).type != "full":
+        run.show({"text": f"{t.stage}: trained and validated with {last.type} attention to the end; the exported model attends fully"})
     weights, masks = gather(t)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary

@@ -273,7 +273,9 @@ class _Interval:
         """Of an update: TensorBoard points, and a line where it changed nothing."""
         t, step, self._churn = self._t, self._state.step, change.churn
         if change.skipped:
-            t.run.show({"text": f"{t.stage}: topology unchanged in step {step}: {change.skipped}"})
+            last = change.update.version == len(t.agenda.update_steps)
+            then = "it was the last update, the sparsity stays" if last else "the next update makes up for it"
+            t.run.show({"text": f"{t.stage}: topology unchanged in step {step}: {change.skipped}; {then}"})
         tags = {
             "topology/churn": change.churn, "topology/explored": change.explored, "topology/seconds": change.seconds,
             "topology/drop_fraction": change.update.drop_fraction, "topology/version": change.update.version,
