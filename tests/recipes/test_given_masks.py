@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raysparse.config import ConfigError, merge
 from raysparse.recipes import pretrain
@@ -78,6 +79,13 @@ def test_the_zeros_of_a_checkpoint_stay_zero(train, tmp_path):
 
 def test_masks_of_every_version_are_those_that_the_run_reports(train):
     summary, folder = train("set", sparsity={"evolution": {"type": "set", "update_interval": 2}})
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    history = [json.loads(line) for line in (folder / "topology.jsonl").read_text().splitlines()[2:]]
+    for tag in ("churn", "explored", "drop_fraction", "version"):
+        points = [(event.step - 1, event.value) for event in board.Scalars(f"topology/{tag}")]
+        assert points == [(record["step"], pytest.approx(record[tag], rel=1e-6)) for record in history]
+    kept = (folder / "checkpoints" / "step_00000012" / "topology.jsonl").read_text().splitlines()
+    assert [json.loads(line)["version"] for line in kept] == list(range(6))
     masks = read_masks(str(folder), folder.parent)
     layers = {layer["name"]: layer["nnz"] for layer in summary["sparsity"]["layers"]}
     assert nnz_of_bits(masks) == layers
