@@ -119,7 +119,8 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     """Shard the model, make the masks and the optimizer, load the newest checkpoint; every rank calls this."""
     device = resolve_device(config.run)
     if config.training.activation_checkpointing:
-        parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        former = "gradient_checkpointing_enable"  # its name before transformers 5.23
+        getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})
     hybrid = hybrid_attention(parts.agenda, parts.model, device)
     units = blocks(parts.model)
     if config.training.compile:
