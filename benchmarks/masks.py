@@ -27,7 +27,7 @@ from benchmarks.step import Size, assemble
 from raysparse.recipes.training import CheckpointConfig
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import Checkpointer
-from raysparse.train.loop import Training
+from raysparse.train.state import Training
 
 
 def measure(folder: Path, size: Size) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from raysparse.recipes.training import write_environment
+from raysparse.recipes.environment import write_environment
 from raysparse.train.run import RunConfig
 
 

@@ -30,12 +30,13 @@ from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
 from raysparse.train.clip import clip_, global_norm
-from raysparse.train.loop import Training, forward_backward, update
+from raysparse.train.loop import forward_backward, update
 from raysparse.train.metrics import Console
 from raysparse.train.optimizer import OptimizerConfig, build_optimizer, moments
 from raysparse.train.process import process_group
 from raysparse.train.run import LocalRun
 from raysparse.train.shard import FSDP2, ShardingConfig
+from raysparse.train.state import Training
 
 OPTIMIZER = OptimizerConfig(lr=1e-4)
 BOUNDS = [  # contestant, over which, at most, what it says

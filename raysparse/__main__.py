@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from raysparse.train.loop import TrainingError
+    from raysparse.train.error import TrainingError
     from raysparse.train.process import torchrun_rank
 
     kind = _config_type(args.verb, files, overrides)

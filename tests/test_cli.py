@@ -197,7 +197,6 @@ REFUSED = [
         ["sparsity.timeline=[{sparsity: {type: cosine, start: 1, end: 0}}]", "sparsity.evolution={type: gradual, update_interval: 2}"],
         ["Expected a rule that grows weights in phase training, whose sparsity falls. Got gradual"],
     ),
-    (["sparsity.timeline=[{length: 50 %}, {length: 50 %}]"], ["Expected a name of its own for each phase", "Got training, training"]),
     (["sparsity.target=0", "sparsity.masks=first", "sparsity.layers={'*': 0.5}"], ["Expected neither layers nor a distribution"]),
     (["sparsity.pattern={type: block, size: 64}"], ["rows (on every rank) that 64 divides", "Got 96 x 32"]),
     (["sparsity.pattern={type: 'n:m', n: 2, m: 4}"], ["Expected target 0.5", "2:4"]),

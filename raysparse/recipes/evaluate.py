@@ -12,8 +12,9 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import encode_prompts
 from raysparse.models.build import ModelConfig, architecture, build
+from raysparse.recipes.environment import write_environment
 from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
-from raysparse.recipes.training import finish, header, write_environment
+from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
 from raysparse.tasks.generate import GenerationConfig, generate

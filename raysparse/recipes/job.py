@@ -10,7 +10,7 @@ from typing import Any
 
 from raysparse.config import Config, ConfigError
 from raysparse.train import checkpoint
-from raysparse.train.loop import TrainingError
+from raysparse.train.error import TrainingError
 from raysparse.train.run import RunConfig
 
 NOT_IDENTITY = {

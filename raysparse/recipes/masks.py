@@ -23,7 +23,7 @@ from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Rows, Topology, unpack
 from raysparse.sparsity.vote import digest
 from raysparse.train import checkpoint
-from raysparse.train.loop import HISTORY
+from raysparse.train.state import HISTORY
 
 _MASK, _MODEL = "mask/", "model/"
 _POPCOUNT = torch.tensor([value.bit_count() for value in range(256)])

@@ -20,6 +20,7 @@ from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, has_grain
 from raysparse.sparsity.flops import Convention
+from raysparse.sparsity.pattern import NM
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
 from raysparse.sparsity.topology import Topology, pack, unpack
 from raysparse.train.run import Run, resolve_device
@@ -112,10 +113,11 @@ def given_masks(config: PretrainConfig, model: Any) -> dict[str, Tensor]:
             f"{coarse[0]}. Use masks of this pattern, or sparsity.pattern={{type: unstructured}}."
         )
     live, size = sum(nnz_of_bits(found).values()), sum(map(prod, shapes.values()))
-    if sparsity.target and abs(1 - live / size - sparsity.target) > 1e-3:
+    wanted = 1 - sparsity.pattern.n / sparsity.pattern.m if isinstance(sparsity.pattern, NM) else sparsity.target
+    if wanted and abs(1 - live / size - wanted) > 1e-3:
         raise ConfigError(
-            f"Expected masks of sparsity {sparsity.target} in {source}. Got {1 - live / size:.4f}. "
-            "Set sparsity.target=0 to take them as they are."
+            f"Expected masks of sparsity {wanted:g} in {source}. Got {1 - live / size:.4f}. "
+            "Set sparsity.target=0 (and the n and m of the pattern) to take them as they are."
         )
     return {name: found[name] for name in shapes}
 

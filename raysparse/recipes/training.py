@@ -1,16 +1,10 @@
 """What pre-training and fine-tuning share: the sections of their configs, the assembly on each rank, the summary at the end."""
 
-import contextlib
 import json
 import math
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
+from raysparse.recipes.environment import forget_peak_memory, peak_memory_bytes, versions, write_environment
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.agenda import Agenda
@@ -33,11 +28,12 @@ from raysparse.sparsity.topology import Topology, pack
 from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.keeper import Keeper
-from raysparse.train.loop import HISTORY, Pace, State, Training, TrainingConfig, train
+from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
+from raysparse.train.state import HISTORY, Pace, State, Training, TrainingConfig
 
 
 class TrainingRunConfig(Config):
@@ -317,63 +313,3 @@ def gather(t: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     weights = {name: t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
     masks = {} if t.topology is None else {name: t.sharded.whole(name, pack(m)) for name, m in t.topology.masks.items()}
     return weights, masks
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
-    found = {"python": platform.python_version(), "raysparse": __version__}
-    for package in ("torch", "ray", "transformers", "datasets", "tokenizers", "fairscale"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def write_environment(folder: Path, config: RunConfig) -> None:
-    """environment.json: versions, hardware and, in a git checkout of raysparse, the commit."""
-    root = Path(__file__).parents[2]
-    commit = None
-    if (root / ".git").exists():
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or None
-    device = resolve_device(config)
-    facts = {
-        "versions": versions(),
-        "commit": commit,
-        "machine": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "workers": config.workers,
-        "threads": config.threads,
-    }
-    write_atomically(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
-
-
-def forget_peak_memory() -> None:
-    """Start a new peak: several stages may run in one process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # where the kernel does not allow it the peak is the process's own
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """Of GPU memory allocated where there is a GPU, else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()

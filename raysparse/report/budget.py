@@ -35,8 +35,9 @@ def equal_flops_text(runs: Sequence[Run]) -> str | None:
     budget, losses = at_equal_flops(runs)
     if len(losses) < 2:
         return None
+    updates = any(run.summary.get("topology", {}).get("updates") for run in runs)
     return (
         f"Validation loss at equal counted FLOPs ({budget:.3e}, all that the cheapest run spent): "
         f"{', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}. The others are seen in mid-course, where their "
-        "learning rate is still high. The dense gradients of updates are not counted here."
+        "learning rate is still high." + " The dense gradients of updates are not counted here." * updates
     )

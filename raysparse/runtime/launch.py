@@ -14,7 +14,7 @@ from raysparse.config import ConfigError
 from raysparse.recipes.job import Job, finished
 from raysparse.runtime.mask_actor import managers
 from raysparse.runtime.ray_run import PROGRESS, follow
-from raysparse.train.loop import TrainingError
+from raysparse.train.error import TrainingError
 from raysparse.train.metrics import Console
 from raysparse.train.run import RunConfig
 

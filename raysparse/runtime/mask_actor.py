@@ -19,7 +19,7 @@ from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.runtime.live import MANAGER, NAMESPACE
 from raysparse.sparsity.agenda import TopologyUpdate
 from raysparse.sparsity.manager import MaskManager, Verdict, Vote
-from raysparse.train.loop import HISTORY
+from raysparse.train.state import HISTORY
 
 PATIENCE_S = 120.0
 """How long rank 0 waits for an answer. A manager that was killed is back in about a second, with its journal read."""

@@ -12,7 +12,7 @@ from raysparse.config import ConfigError
 from raysparse.recipes import MODULES
 from raysparse.recipes.job import Job, finished, write_atomically
 from raysparse.runtime.ray_run import RayRun
-from raysparse.train.loop import TrainingError
+from raysparse.train.error import TrainingError
 
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:

@@ -76,11 +76,6 @@ class Agenda(Config):
             ConfigError: phases that do not add up to the run, or that ask of their rule what it cannot do.
         """
         phases = self.sparsity.timeline
-        if len({phase.name for phase in phases}) < len(phases):
-            raise ConfigError(
-                "Expected a name of its own for each phase of sparsity.timeline. "
-                f"Got {', '.join(phase.name for phase in phases)}. Rename one."
-            )
         amounts = [length.exact(phase.length, self._scale(self.steps)) for phase in phases]
         ends = [floor(end + Fraction(1, 2)) for end in accumulate(amounts)]
         if ends[-1] != self.steps or any(a >= b for a, b in pairwise([0, *ends])):

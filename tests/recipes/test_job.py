@@ -8,7 +8,7 @@ import pytest
 from raysparse.config import ConfigError
 from raysparse.recipes.job import Job, check_claim, finished, open_job
 from raysparse.recipes.pretrain import PretrainConfig
-from raysparse.train.loop import TrainingError
+from raysparse.train.error import TrainingError
 
 
 def config(folder: Path, **sections) -> PretrainConfig:

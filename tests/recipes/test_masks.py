@@ -17,7 +17,7 @@ from raysparse.recipes.masks import count, diff, find, nnz_of_bits, read_masks, 
 from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.ranks import ALONE
 from raysparse.sparsity.topology import Rows, Topology, pack, unpack
-from raysparse.train.loop import HISTORY
+from raysparse.train.state import HISTORY
 from tests.ranks import spawn
 from tests.train.steps import run
 

@@ -20,8 +20,8 @@ from raysparse.runtime.local import run_here
 from raysparse.runtime.mask_actor import ManagerProxy, managers
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.manager import MaskManager, Vote
-from raysparse.train.loop import HISTORY
 from raysparse.train.metrics import Console
+from raysparse.train.state import HISTORY
 
 AGENDA = Agenda.check(
     {

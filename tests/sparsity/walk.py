@@ -51,7 +51,8 @@ def agenda_of(kind, pattern, shapes=None, steps=20, **rule):
     else:
         timeline = [{}]
     target = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 0.6
-    distribution = {"type": "er" if pattern == Unstructured() else "uniform"}
+    given = settings["type"] == "zeros"  # its checkpoint says how many live
+    distribution = {"type": "er" if pattern == Unstructured() and not given else "uniform"}
     sparsity = {"target": target, "distribution": distribution, "pattern": pattern, "evolution": settings, "timeline": timeline}
     return Agenda(sparsity=SparsityConfig.check(sparsity), shapes=shapes or shapes_of(pattern), steps=steps, tokens_per_step=1, seed=3)
 

@@ -16,10 +16,11 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology, pack, unpack
-from raysparse.train.loop import State, Training, train
+from raysparse.train.loop import train
 from raysparse.train.metrics import Console
 from raysparse.train.optimizer import moments
 from raysparse.train.run import LocalRun
+from raysparse.train.state import State, Training
 
 CONTEXT = 16
 SPARSE = {"target": 0.75}

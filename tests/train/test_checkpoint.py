@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from raysparse.config import ConfigError
 from raysparse.train import checkpoint, loop
 from raysparse.train.checkpoint import MARKER, committed, damage, newest
-from raysparse.train.loop import Training
+from raysparse.train.state import Training
 from tests.ranks import spawn
 from tests.train.steps import SPARSE, Died, assemble, differences, run, snapshot
 

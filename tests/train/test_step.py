@@ -10,7 +10,8 @@ from torch import Tensor
 
 from raysparse.sparsity.ranks import ALONE
 from raysparse.train.clip import clip_, global_norm
-from raysparse.train.loop import TrainingError, forward_backward, train, update
+from raysparse.train.error import TrainingError
+from raysparse.train.loop import forward_backward, train, update
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.shard import Sharded
 from tests.ranks import spawn

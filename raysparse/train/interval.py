@@ -1,0 +1,112 @@
+"""What is said between two console lines: sums, rates, TensorBoard points, and a look for leaks."""
+
+import math
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from raysparse.train.keeper import Change
+from raysparse.train.optimizer import moments
+from raysparse.train.state import State, Training
+
+
+class Interval:
+    """Sums between two console lines, and the clock of the run."""
+
+    def __init__(self, t: Training, state: State):
+        self._t, self._state = t, state
+        self._seconds_before, self._bytes_before = state.seconds, state.bytes_sent
+        self._began = self._mark = time.perf_counter()
+        self._first, self._targets, self._tokens = state.step, 0, state.tokens
+        self._loss: Tensor | None = None
+        self._churn = 0.0
+
+    def add(self, loss: Tensor, targets: int) -> None:
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._targets += targets
+
+    def note(self, change: Change) -> None:
+        """Of an update: TensorBoard points, and a line where it changed nothing."""
+        t, step, self._churn = self._t, self._state.step, change.churn
+        if change.skipped:
+            last = change.update.version == len(t.agenda.update_steps)
+            then = "it was the last update, the sparsity stays" if last else "the next update makes up for it"
+            t.run.show({"text": f"{t.stage}: topology unchanged in step {step}: {change.skipped}; {then}"})
+        tags = {
+            "topology/churn": change.churn, "topology/explored": change.explored, "topology/seconds": change.seconds,
+            "topology/drop_fraction": change.update.drop_fraction, "topology/version": change.update.version,
+        }  # fmt: skip
+        t.meter.point(step, tags)
+
+    def into(self, state: State) -> None:
+        state.seconds = self._seconds_before + time.perf_counter() - self._began
+        state.bytes_sent = self._bytes_before + self._t.sharded.wire.bytes_sent
+
+    def report(self, lr: float, norm: float) -> None:
+        t, state = self._t, self._state
+        assert self._loss is not None
+        check_leaks(t)
+        loss = float(t.all_sum(self._loss.double().cpu().reshape(1))) / max(1, self._targets)
+        now = time.perf_counter()
+        rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
+        self.into(state)
+        state.losses["train"] = loss
+        record = {
+            "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
+            "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate,
+            "seconds": state.seconds, "bytes_sent": state.bytes_sent,
+            "flops": t.ledger.counted.total, "sparsity": _sparsity(t), "churn": self._churn,
+            "phase": t.agenda.span(state.step - 1).phase.name, "attention_density": t.attention_density(state.step - 1),
+            "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
+        }  # fmt: skip
+        tags = {
+            "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
+            "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
+            "attention/density": record["attention_density"],
+            "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
+        } | _layer_sparsity(t)  # fmt: skip
+        t.meter.write(record, tags)
+        t.run.show(record)
+        self._loss, self._targets, self._tokens, self._mark = None, 0, state.tokens, now
+
+    def pause(self, seconds: float) -> None:
+        """Time that is not training (validation) counts neither in tokens/s nor in the run's seconds."""
+        self._mark += seconds
+        self._began += seconds
+
+
+def check_leaks(t: Training) -> None:
+    if t.keeper is None:
+        return
+    tensors = {"weight": t.sharded.local}
+    if not t.keeper.keeps_moments:
+        tensors |= {which: moments(t.sharded, t.optimizer, which) for which in ("exp_avg", "exp_avg_sq")}
+    for what, found in tensors.items():
+        present = {name: found[name] for name in t.keeper.topology.masks if name in found}
+        leaks = t.keeper.topology.leaks(present)
+        assert not leaks, f"{what} of dead entries is not 0 on rank {t.run.rank}: {leaks}"
+
+
+def _sparsity(t: Training) -> float:
+    if t.topology is None:
+        return 0.0
+    total = sum(math.prod(shape) for shape in t.topology.shapes.values())
+    return 1 - sum(t.nnz[name] for name in t.topology.shapes) / total
+
+
+def _layer_sparsity(t: Training) -> dict[str, float]:
+    if t.topology is None:
+        return {}
+    return {f"sparsity/{name}": 1 - t.nnz[name] / math.prod(shape) for name, shape in t.topology.shapes.items()}
+
+
+def histograms(t: Training) -> dict[str, Tensor]:
+    """Of rank 0's rows: weight values (live ones where there is a mask) and live weights per row."""
+    masks: Mapping[str, Tensor] = {} if t.topology is None else t.topology.masks
+    values = {
+        f"weights/{name}": part.local[masks[name]] if name in masks else part.local
+        for name, part in t.sharded.parts.items()
+        if len(part.shape) > 1
+    }
+    return values | {f"masks/{name}": mask.sum(1) for name, mask in masks.items()}

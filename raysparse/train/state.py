@@ -1,0 +1,135 @@
+"""What takes part in a run on one rank, and what of it a checkpoint keeps besides tensors."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raysparse.config import Config
+from raysparse.data.batch import Feed
+from raysparse.length import Length
+from raysparse.models.attention import HybridAttention
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.flops import Architecture, Ledger
+from raysparse.sparsity.topology import Topology
+from raysparse.train.checkpoint import Checkpointer
+from raysparse.train.keeper import Keeper
+from raysparse.train.metrics import Meter
+from raysparse.train.optimizer import ScheduleConfig
+from raysparse.train.run import Run
+from raysparse.train.shard import Sharded
+
+HISTORY = "topology.jsonl"
+"""In a run folder the journal of the topology, in a checkpoint the history up to it: one committed version a line."""
+
+
+class TrainingConfig(Config):
+    """How long to train, in which batches, and how often to validate."""
+
+    length: Length = "1000 steps"
+    """'4768 steps', '2.5e9 tokens', or in fine-tuning '5 epochs'."""
+    sequences: int = Field(8, ge=1)
+    """Sequences in a global batch, over all workers; a multiple of run.workers."""
+    micro: int = Field(8, ge=1)
+    """Most sequences that one worker runs forward and backward at a time; more are accumulated."""
+    validate_every: Length = "10 %"
+    """Between validations; the last step always validates."""
+    validation_sequences: int = Field(64, ge=1)
+    """Held-out sequences in a validation, the same ones every time (fewer if there are fewer)."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many validations in a row without a new best loss, and go back to the best one's weights; 0 never stops."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the training loss; validation has none."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each block: slower start, faster steps on GPUs."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Lengths of the config, in steps."""
+
+    steps: int
+    warmup: int
+    validate: int
+    save: int
+    log: int
+    histograms: int
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides tensors; plain numbers."""
+
+    step: int = 0
+    optimizer_steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    """Everything that takes part in a run on one rank."""
+
+    stage: str
+    config: TrainingConfig
+    schedule: ScheduleConfig
+    clip_norm: float
+    seed: int
+    parity: bool
+    pace: Pace
+    sharded: Sharded
+    optimizer: Optimizer
+    agenda: Agenda
+    keeper: Keeper | None
+    hybrid: HybridAttention | None
+    feed: Feed
+    validation: Feed
+    num_validation: int
+    context: int
+    arch: Architecture
+    ledger: Ledger
+    checkpointer: Checkpointer
+    meter: Meter
+    run: Run
+    guard: Callable[[], None]
+    saved: tuple[Path, int] | None = None
+
+    @property
+    def topology(self) -> Topology | None:
+        """This rank's rows of the masks; None where the run is dense."""
+        return None if self.keeper is None else self.keeper.topology
+
+    @property
+    def nnz(self) -> Mapping[str, int]:
+        """Live weights of each sparse layer over all ranks."""
+        return {} if self.keeper is None else self.keeper.live
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.sharded.parts.values())).local.device
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum over every rank of the run, replicas too; every rank calls this."""
+        if self.run.world_size == 1:
+            return x
+        y = x.to(self.device)
+        dist.all_reduce(y)
+        return y.to(x.device)
+
+    def attention_density(self, step: int) -> float:
+        """Share of full causal attention that the step's pattern computes."""
+        return self.agenda.attention(step).mean_density(self.context, self.arch.layers, self.arch.heads)
