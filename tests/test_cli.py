@@ -187,6 +187,7 @@ REFUSED = [
     (["training.length=3 epochs"], ["training.length", "pre-training text has no epochs"]),
     (["run.name=../escape"], ["run.name"]),
     (["sparsity.include=[nothing.*]"], ["nothing.*"]),
+    (["sparsity.evolution.type=rigl"], ["Expected at least one update in phase training of 12 steps. Got none from rigl"]),
     (["sparsity.evolution.type=rigel"], ["sparsity.evolution", "rigl"]),
     (["sparsity.timeline=[{name: a, length: 5}, {name: b, length: 5}]"], ["12 steps together. Got ends at a 5, b 10"]),
     (

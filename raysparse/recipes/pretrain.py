@@ -117,7 +117,7 @@ def given_masks(config: PretrainConfig, model: Any) -> dict[str, Tensor]:
     if wanted and abs(1 - live / size - wanted) > 1e-3:
         raise ConfigError(
             f"Expected masks of sparsity {wanted:g} in {source}. Got {1 - live / size:.4f}. "
-            "Set sparsity.target=0 (and the n and m of the pattern) to take them as they are."
+            "Use masks of this sparsity; without n:m, sparsity.target=0 takes them as they are."
         )
     return {name: found[name] for name in shapes}
 

@@ -137,8 +137,8 @@ def _plots(runs: Sequence[Run], distances: Mapping[str, Mapping[str, float]]) ->
     if finetuned:
         see = "a validation curve that turns up while training goes down is over-fitting"
         yield _figure(loss_curves(finetuned), f"Fine-tuning: lines are training, markers validation; {see}.")
-    if sentence := equal_flops_text(pretrained):
-        see = f"of two curves in the lower picture the lower one is better for the same counted FLOPs. {sentence}"
+    if equal_flops_text(pretrained):
+        see = "of two curves in the lower picture the lower one is better for the same counted FLOPs."
         yield _figure(
             flops_curves(pretrained), f"Counted FLOPs spent, and loss over them (the dotted line: all that the cheapest spent): {see}"
         )

@@ -17,7 +17,7 @@ from pydantic import Field
 from raysparse import length
 from raysparse.config import Config, ConfigError
 from raysparse.sparsity.attention import AnyAttention
-from raysparse.sparsity.evolution import Evolution
+from raysparse.sparsity.evolution import Evolution, Updating
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
 from raysparse.sparsity.timeline import Phase
 
@@ -172,6 +172,11 @@ class Agenda(Config):
                 raise ConfigError(
                     f"Expected updates in phase {phase.name}, whose sparsity moves. Got none from {span.rule.type} in "
                     f"{span.end - span.first:,} steps. Choose another evolution, a smaller update_interval or another curve."
+                )
+            if isinstance(span.rule, Updating) and not goes:
+                raise ConfigError(
+                    f"Expected at least one update in phase {phase.name} of {span.end - span.first:,} steps. Got none from "
+                    f"{span.rule.type}, whose first comes one update_interval after start. Shorten the interval, or use evolution static."
                 )
             if not span.rule.can_grow and any(b < a for a, b in pairwise([level, *goes])):
                 raise ConfigError(

@@ -180,7 +180,8 @@ def test_drop_fraction_over_the_run_or_restarted():
 
 
 def test_decay_leaves_out_phases_that_drop_nothing():
-    timeline = [{"length": 500, "evolution": {"type": "static"}}, {"length": 400}, {"length": 100, "evolution": {"type": "gradual"}}]
+    gradual = {"type": "gradual", "update_interval": 50}
+    timeline = [{"length": 500, "evolution": {"type": "static"}}, {"length": 400}, {"length": 100, "evolution": gradual}]
     plan = agenda(1000, timeline=timeline, evolution={"type": "mixed"})
     assert [plan.decide(s).drop_fraction for s in (600, 700, 800)] == [cosine(0.3, p) for p in (0.25, 0.5, 0.75)]
 

@@ -1,6 +1,10 @@
 """A small GPT trained for a few steps on made-up tokens, through the product's own assembly: what distributed tests run."""
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,6 +138,18 @@ def run(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any], 
     except Died:
         return {"state": asdict(state)}
     return snapshot(t) | {"state": asdict(state), "nnz": dict(t.nnz), "history": history(folder), "sent": t.sharded.wire.bytes_sent}
+
+
+def run_with_hash_seed(seed: int, folder: Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> dict[str, Any]:
+    """`run` in a process of its own whose PYTHONHASHSEED is `seed`; those of `spawn` share a random one."""
+    script = (
+        "import pickle, sys, torch; from raysparse.train.process import process_group; from tests.train.steps import run\n"
+        f"torch.set_num_threads(1)\nwith process_group('cpu'): result = run({str(folder)!r}, {sections!r}, {sparsity!r})\n"
+        "sys.stdout.buffer.write(pickle.dumps(result))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True, timeout=240)
+    return pickle.loads(done.stdout)
 
 
 def history(folder: str | Path) -> list[tuple[int, float, float]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from raysparse.train.error import TrainingError
 from raysparse.train.loop import forward_backward, train, update
 from raysparse.train.optimizer import moments
 from tests.ranks import spawn
-from tests.train.steps import CONTEXT, Died, assemble, dead, differences, history, masks_of, run, snapshot
+from tests.train.steps import CONTEXT, Died, assemble, dead, differences, history, masks_of, run, run_with_hash_seed, snapshot
 
 # Two micro-batches a step, clipping that bites. Rows: 101, 16, 120, 40, and 2 in the feed-forward layers, fewer than 3 ranks.
 SECTIONS: dict[str, Any] = {
@@ -92,14 +91,7 @@ def differences_of(a: dict[str, Any], b: dict[str, Any], keys: set[str]) -> list
 
 
 def test_hash_seed_of_a_process_changes_nothing(alone, tmp_path):
-    script = (
-        "import pickle, sys, torch; from raysparse.train.process import process_group; from tests.train.steps import run\n"
-        f"torch.set_num_threads(1)\nwith process_group('cpu'): result = run({str(tmp_path)!r}, {SECTIONS!r}, {MST!r})\n"
-        "sys.stdout.buffer.write(pickle.dumps(result))"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "7"}  # the other processes share a random one
-    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True, timeout=240)
-    assert differences(alone("mst"), pickle.loads(done.stdout)) == []
+    assert differences(alone("mst"), run_with_hash_seed(7, tmp_path, SECTIONS, MST)) == []
 
 
 WIDE = SECTIONS | {"model": {"preset": "debug", "overrides": {"n_embd": 64, "n_head": 4, "n_layer": 1, "vocab_size": 101}}}

@@ -1,15 +1,10 @@
 """Masks, weights, moments, losses and norms do not depend on the number of ranks, bit for bit."""
 
-import os
-import pickle
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.ranks import spawn
-from tests.train.steps import CONTEXT, dead, differences, run
+from tests.train.steps import CONTEXT, dead, differences, run, run_with_hash_seed
 
 # Two micro-batches a step. Rows: 101, 16, 120, 40, and 2 in the feed-forward layers, fewer than 3 ranks.
 SECTIONS = {
@@ -67,11 +62,4 @@ def test_batch_shared_out_over_two_ranks_differs_by_rounding_only(alone, tmp_pat
 
 def test_hash_seed_of_a_process_changes_nothing(alone, tmp_path):
     """PYTHONHASHSEED orders sets and salts hash(); a rank that depends on it would differ from the others."""
-    script = (
-        "import pickle, sys, torch; from raysparse.train.process import process_group; from tests.train.steps import run\n"
-        f"torch.set_num_threads(1)\nwith process_group('cpu'): result = run({str(tmp_path)!r}, {SECTIONS!r}, {SPARSE!r})\n"
-        "sys.stdout.buffer.write(pickle.dumps(result))"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "7"}  # the other processes share a random one
-    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=True, timeout=240)
-    assert differences(alone, pickle.loads(done.stdout)) == []
+    assert differences(alone, run_with_hash_seed(7, tmp_path, SECTIONS, SPARSE)) == []

@@ -25,18 +25,20 @@ class Evolution(Config, ABC):
 
     reads_gradient: ClassVar[bool] = False
     """Whether the scores need the dense gradient."""
+    draws_first: ClassVar[bool] = True
+    """Whether the first topology is drawn at random; else it is what the rule would keep."""
     can_grow: ClassVar[bool] = False
     """Whether dead weights may come to life: without it the sparsity cannot fall."""
 
     type: str
 
     def first_score(self, w: "WeightView") -> "Tensor":
-        """Who lives in the first topology; random unless the rule says otherwise."""
-        return w.random()
+        """Who lives in the first topology."""
+        return w.random() if self.draws_first else self.keep_score(w)
 
-    @abstractmethod
     def keep_score(self, w: "WeightView") -> "Tensor":
-        """Which live weights stay."""
+        """Which live weights stay: those of the largest magnitude, unless the rule says otherwise."""
+        return w.value.abs()
 
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
         """(share of the grown weights, score) in the order of choosing; the shares add up to 1.

@@ -21,8 +21,5 @@ class Mixed(Rewiring):
     """Share of the grown weights chosen by gradient (rounded down); the rest is random."""
     optimizer_steps: bool = False
 
-    def keep_score(self, w: "WeightView") -> "Tensor":
-        return w.value.abs()
-
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
         return [(self.gradient_share, w.grad.abs()), (1 - self.gradient_share, w.random())]

@@ -20,8 +20,5 @@ class RigL(Rewiring):
     stop: Length = "75 %"
     optimizer_steps: bool = False
 
-    def keep_score(self, w: "WeightView") -> "Tensor":
-        return w.value.abs()
-
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
         return [(1.0, w.grad.abs())]

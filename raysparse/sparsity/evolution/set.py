@@ -16,8 +16,5 @@ class Set(Rewiring):
     type: Literal["set"] = "set"
     drop_decay: Literal["cosine", "constant"] = "constant"
 
-    def keep_score(self, w: "WeightView") -> "Tensor":
-        return w.value.abs()
-
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
         return [(1.0, w.random())]
