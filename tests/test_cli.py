@@ -322,7 +322,11 @@ def test_masks_of_a_run_its_export_and_its_checkpoints(capsys, config_file, pret
     assert [record["step"] for record in facts["last"]] == [0, 3, 6, 9]
     for place in ("export", "checkpoints/step_00000012"):
         assert cli("masks", folder / place, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["digest"] == summary["sparsity"]["mask_digest"]
+        counted = json.loads(capsys.readouterr().out)
+        assert counted["digest"] == summary["sparsity"]["mask_digest"]
+    assert counted["history"]["now"] == facts["now"]  # the checkpoint knows what the run does
+    assert counted["history"]["last"] == facts["last"]
+    assert counted["layers"] == facts["layers"]
     assert cli("masks", "--diff", folder, folder / "export", "--json") == 0
     assert json.loads(capsys.readouterr().out)["jaccard"] == 1.0
     for words in ([folder], [folder / "export"], ["--diff", folder / "checkpoints" / "step_00000008", folder]):

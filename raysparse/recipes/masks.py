@@ -69,13 +69,16 @@ def count(found: Path) -> dict[str, Any]:
     order = [name for name in known if name in masks] if masks.keys() <= known.keys() else None
     nnz = nnz_of_bits(masks)
     live, size = sum(nnz.values()), sum(map(prod, shapes.values()))
+    history = MaskManager(place / HISTORY).view() if place.is_dir() else None
+    planned = {} if history is None else {layer["name"]: {"planned": layer["planned"]} for layer in history["layers"]}
     return {
         "masks": str(place),
         "nnz": live,
         "total": size,
         "sparsity": 1 - live / size,
         "digest": None if order is None else digest(order, (_digest_sum(name, masks[name], shapes[name]) for name in order)),
-        "layers": [{"name": name, "shape": list(shapes[name]), "nnz": nnz[name]} for name in order or masks],
+        "layers": [{"name": name, "shape": list(shapes[name]), "nnz": nnz[name]} | planned.get(name, {}) for name in order or masks],
+        "history": history,
     }
 
 
@@ -118,28 +121,40 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def show_view(view: Mapping[str, Any]) -> str:
     """`MaskManager.view` as text, with `source`: ``live`` and ``seconds``, or ``disk`` and ``why``."""
-    now, published = view["now"], view["published"]
+    published = view["published"]
     source = f"live, {view['seconds']:.1f} s" if view["source"] == "live" else f"from disk: {view['why']}"
     lines = [
         f"source      {source}",
+        *_state(view),
+        f"checkpoint  {'none yet' if published is None else 'version {version} in {checkpoint}'.format(**published)}",
+        f"digest      {view['now']['digest']}",
+        "",
+        *_layer_table(view["layers"]),
+        "",
+        *_updates(view),
+    ]
+    return "\n".join(lines)
+
+
+def _state(view: Mapping[str, Any]) -> list[str]:
+    now = view["now"]
+    return [
         f"version     {now['version']} of {view['updates']}, made in step {now['step']:,} of {view['steps']:,}, phase {now['phase']}",
         f"attempt     {view['attempt']}, on {view['world_size']} workers",
         f"sparsity    {now['sparsity']:.6f}",
         f"churn       {now['churn']:.4f} of the live weights came to life in the last update",
         f"explored    {now['explored']:.4f} of the sparse weights are or were alive",
-        f"checkpoint  {'none yet' if published is None else 'version {version} in {checkpoint}'.format(**published)}",
-        f"digest      {now['digest']}",
-        "",
-        *_layer_table(view["layers"]),
-        "",
-        "version         step  phase                 sparsity   churn  explored   drop  seconds",
     ]
+
+
+def _updates(view: Mapping[str, Any]) -> list[str]:
+    lines = ["version         step  phase                 sparsity   churn  explored   drop  seconds"]
     for r in view["last"]:
         lines.append(
             f"{r['version']:>7,} {r['step']:>12,}  {r['phase']:<20.20}  {r['sparsity']:.6f}  {r['churn']:.4f}    {r['explored']:.4f}  "
             f"{r['drop_fraction']:.3f} {r['seconds']:>8.3f}{'' if r['skipped'] is None else '  unchanged: ' + r['skipped']}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def show_count(facts: Mapping[str, Any]) -> str:
@@ -149,8 +164,10 @@ def show_count(facts: Mapping[str, Any]) -> str:
         f"masks       {facts['masks']}",
         f"live        {facts['nnz']:,} of {facts['total']:,} sparse weights (sparsity {facts['sparsity']:.6f})",
         f"digest      {digest}",
+        *(_state(facts["history"]) if facts["history"] else []),
         "",
         *_layer_table(facts["layers"]),
+        *(["", *_updates(facts["history"])] if facts["history"] else []),
     ]
     return "\n".join(lines)
 

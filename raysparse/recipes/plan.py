@@ -138,7 +138,7 @@ def count_flops(agenda: Agenda, arch: Architecture, context: int, convention: Co
         span = agenda.span(first)
         counted = training_flops(arch, live, agenda.tokens_per_step, context, convention, places[id(span)])
         last = end - 1  # the step of an update, if there is one
-        reads = agenda.sparsity.wants_masks and agenda.is_update(last) and span.rule.reads_gradient
+        reads = agenda.sparsity.wants_masks and agenda.is_update(last) and span.rule.grows_by_gradient
         growth = growth_flops(arch, live, agenda.tokens_per_step, context, convention) if reads else None
         ledger.add(counted * (end - first), dense * (end - first), growth)
     return ledger

@@ -24,6 +24,7 @@ from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
+from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Topology, pack
 from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
@@ -179,7 +180,7 @@ def read_history(found: Path) -> list[dict[str, Any]]:
             f"Expected {HISTORY} in the checkpoint {found}. Got none: it is of a version of raysparse that did not keep a history. "
             f"Choose another run.name; sparsity.masks={found} starts from its masks."
         )
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return MaskManager(file).history()
 
 
 def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:

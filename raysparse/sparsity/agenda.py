@@ -32,6 +32,7 @@ class TopologyUpdate:
         phase: name of the phase.
         nnz: live weights of each layer after it, over all ranks.
         drop_fraction: share of the live weights of each layer that is dropped, at least, before growing.
+        seed: of what is random in it.
     """
 
     step: int
@@ -39,6 +40,7 @@ class TopologyUpdate:
     phase: str
     nnz: Mapping[str, int]
     drop_fraction: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Agenda(Config):
         """The update of a step that has one; the same answer for the same step, whoever asks."""
         assert self.is_update(step), f"step {step} has no update"
         span, version = self.span(step), self.version(step) + 1
-        return TopologyUpdate(step, version, span.phase.name, self.plan(version), float(self._drop_fraction(span, step)))
+        return TopologyUpdate(step, version, span.phase.name, self.plan(version), float(self._drop_fraction(span, step)), self.seed)
 
     def _drop_fraction(self, span: Span, step: int) -> Fraction:
         first, end = self._window(span)

@@ -93,7 +93,7 @@ def propose(
             gradients[name] if rule.reads_gradient else values[name].new_empty(0),
             topology.rows[name],
             pattern,
-            counter.key(agenda.seed, "grow", update.version, name),
+            counter.key(update.seed, "grow", update.version, name),
         )
         for name in names
     ]

@@ -90,7 +90,7 @@ class MaskManager:
                 f"{self._journal.path} are of different runs, or one was changed: restore it, or choose another run.name."
             )
         if last is None:
-            first = TopologyUpdate(0, 0, decides.span(0).phase.name, decides.plan(0), 0.0)  # as if an update had made it
+            first = TopologyUpdate(0, 0, decides.span(0).phase.name, decides.plan(0), 0.0, decides.seed)  # as if an update had made it
             records = [_record(decides, first, first.nnz, votes, 0.0, None)]
         published = {v: path for v, path in self._journal.header.get("published", {}).items() if int(v) <= version}
         header = {"attempt": self._attempt + 1, "nonce": nonce, "world_size": world_size, "agenda": agenda, "published": published}

@@ -45,7 +45,8 @@ class Topology:
 
     def evolve(self, masks: Mapping[str, Tensor]) -> None:
         """The next version of the topology."""
-        self.replace(masks, {name: mask if mask is self.masks[name] else self.ever[name] | mask for name, mask in masks.items()})
+        ever = {name: self.ever[name] if mask is self.masks[name] else self.ever[name] | mask for name, mask in masks.items()}
+        self.replace(masks, ever)
 
     @torch.no_grad()
     def kill(self, tensors: Mapping[str, Tensor]) -> None:

@@ -36,6 +36,7 @@ class Interval:
         tags = {
             "topology/churn": change.churn, "topology/explored": change.explored, "topology/seconds": change.seconds,
             "topology/drop_fraction": change.update.drop_fraction, "topology/version": change.update.version,
+            "topology/phase": t.agenda.spans.index(t.agenda.span(change.update.step)),
         }  # fmt: skip
         t.meter.point(step, tags)
 

@@ -5,6 +5,7 @@ group of their own. Nothing is trained on masks that the manager has not committ
 after its verdict, and any other verdict ends the run.
 """
 
+import json
 import math
 import secrets
 import time
@@ -77,6 +78,13 @@ class Keeper:
             history: what the checkpoint knows of earlier versions, should the journal be gone; only rank 0's counts.
         """
         self.count()
+        agendas: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(agendas, self.agenda.digest(), group=self._group)
+        if odd := [rank for rank, digest in enumerate(agendas) if digest != agendas[0]]:
+            raise TrainingError(
+                f"Expected the same config, shapes and seed on every rank. Got others than rank 0's on ranks {odd}. "
+                "Install the same raysparse on every node and start again."
+            )
         sums, masks = self.topology.digest_sums(), self.topology.masks
         votes = self._gather(sums, sums, sums, masks, {})
         agenda, version = self.agenda.model_dump(mode="json"), self.agenda.version(step)
@@ -100,6 +108,8 @@ class Keeper:
         update: TopologyUpdate = self._from_manager(lambda manager: manager.decide(step))
         values = {name: self._sharded.parts[name].local.detach() for name in names}
         dense = self._sharded.spread(gradients, names) if rule.reads_gradient else {}
+        if not rule.grows_by_gradient:
+            self.topology.kill(dense)
         skipped = self._not_finite(dense)
         if skipped:
             proposal = Proposal(self.topology.masks, {}, {})
@@ -127,6 +137,14 @@ class Keeper:
         """Tell the manager that a checkpoint of `step` holds the masks of its version."""
         if self._manager is not None:
             self._manager.published(self._attempt, self.agenda.version(step), checkpoint)
+
+    def journal(self) -> str:
+        """The history so far as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
+        if self._manager is None:
+            return ""
+        agenda = self.agenda.model_dump(mode="json")
+        header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
+        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()))
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""

@@ -6,7 +6,6 @@ moments of dead entries are zero before a step and have zero gradients in it, so
 `Topology.leaks` checks that at every logging interval.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -135,7 +134,7 @@ def save(t: Training, state: State, interval: Interval) -> None:
     _publish(t)
     interval.into(state)
     extra = {"state": vars(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
-    notes = {} if t.keeper is None else {HISTORY: "".join(json.dumps(record) + "\n" for record in t.keeper.history())}
+    notes = {} if t.keeper is None else {HISTORY: t.keeper.journal()}
     path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=notes)
     t.saved = (path, state.step)
     t.run.committed(path, {"step": state.step} | state.losses)
@@ -204,7 +203,7 @@ def _count(t: Training, step: int, tokens: int) -> None:
     """Add a step to the ledger, at its own sequence length, attention and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
     counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step))
-    reads = t.keeper is not None and t.agenda.is_update(step) and t.agenda.span(step).rule.reads_gradient
+    reads = t.keeper is not None and t.agenda.is_update(step) and t.agenda.span(step).rule.grows_by_gradient
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
     t.ledger.add(counted, training_flops(t.arch, 1.0, tokens, length, convention), growth)
 

@@ -130,7 +130,7 @@ def one(mask, kind, nnz, drop_fraction, value, grad, **rule):
     mask = torch.tensor(mask, dtype=torch.bool)
     agenda = agenda_of(kind, Unstructured(), {"w": tuple(mask.shape)}, **rule)
     topology = Topology(agenda.shapes, {"w": Rows(0, *mask.shape)}, {"w": mask})
-    update = TopologyUpdate(step=2, version=1, phase="training", nnz={"w": nnz}, drop_fraction=drop_fraction)
+    update = TopologyUpdate(step=2, version=1, phase="training", nnz={"w": nnz}, drop_fraction=drop_fraction, seed=agenda.seed)
     values = {"w": torch.tensor(value, dtype=torch.float32) * mask}
     return propose(agenda, update, topology, {"w": int(mask.sum())}, values, {"w": torch.tensor(grad, dtype=torch.float32)}, ALONE)
 

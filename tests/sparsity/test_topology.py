@@ -223,6 +223,8 @@ def test_ever_collects_what_was_alive():
         assert topology.masks["a"] is new
         assert topology.ever["a"].int().tolist() == [ever]
     assert topology.ever["b"] is topology.masks["b"] is two  # a mask that never changes is kept once
+    topology.evolve(topology.masks)  # as an update leaves a layer of which it moves nothing
+    assert topology.ever["a"].int().tolist() == [[1, 1, 1]]
     assert one.tolist() == [[True, False, False]]
 
 

@@ -248,7 +248,17 @@ def dying(folder: str, sections: dict[str, Any], sparsity: dict[str, Any], step:
 @pytest.mark.parametrize(
     ("step", "where"),
     # the step before an update, in the update, the last step of a phase, the first of the next
-    [(7, "before"), (8, "before"), (8, "proposed"), (8, "committed"), (5, "before"), (6, "before"), (17, "before"), (20, "committed")],
+    [
+        (7, "before"),
+        (8, "before"),
+        (8, "proposed"),
+        (8, "committed"),
+        (5, "before"),
+        (6, "before"),
+        (17, "before"),
+        (18, "before"),
+        (20, "committed"),
+    ],
 )
 def test_dying_anywhere_changes_nothing(alone, tmp_path, step, where):
     sections = SECTIONS | {"checkpoint": {"every": 5 if step != 6 else 6}}
@@ -387,9 +397,9 @@ def test_one_moved_bit_stops_the_run(tmp_path, sharding, where):
     assert any(ranks in errors[0] for ranks in ("rank 1", "ranks 0, 1", "ranks 1, 3"))  # of shards only the sum is known
 
 
-def nan_in_a_dead_gradient(folder: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """RigL; in step 3, that of an update, and in step 4 one dead gradient is NaN."""
-    t, state = assemble(folder, sections, RIGL)
+def nan_in_a_dead_gradient(folder: str, sections: dict[str, Any], sparsity: dict[str, Any]) -> dict[str, Any]:
+    """In step 3, that of an update, and in step 4 one dead gradient is NaN."""
+    t, state = assemble(folder, sections, sparsity)
     collect, name = t.sharded.collect, "transformer.h.0.attn.c_attn.weight"
 
     def poisoned() -> dict[str, torch.Tensor]:
@@ -402,17 +412,28 @@ def nan_in_a_dead_gradient(folder: str, sections: dict[str, Any]) -> dict[str, A
     state = train(t, state)
     weights = [part.local for part in t.sharded.parts.values()] + list(moments(t.sharded, t.optimizer, "exp_avg").values())
     assert all(bool(weight.isfinite().all()) for weight in weights)
-    return {"console": (Path(folder) / "console.txt").read_text(), "step": state.step}
+    return {"console": (Path(folder) / "console.txt").read_text(), "step": state.step, "growth": t.ledger.growth.total}
 
 
 def test_nan_in_a_dead_gradient_skips_the_update_and_spreads_nowhere(tmp_path):
-    results = spawn(nan_in_a_dead_gradient, 2, str(tmp_path), SECTIONS)
+    results = spawn(nan_in_a_dead_gradient, 2, str(tmp_path), SECTIONS, RIGL)
     assert "topology unchanged in step 4" in results[0]["console"]
     assert "is not finite" in results[0]["console"]
     found = records(tmp_path)
     assert [r["skipped"] is not None for r in found] == [False, True] + [False] * (len(found) - 2)
     assert found[1]["digest"] == found[0]["digest"] != found[2]["digest"]
     assert results[0]["step"] == 24
+
+
+def test_mest_looks_at_no_dead_gradient(tmp_path):
+    """Its importance is of live weights and its growth is random: a dead NaN is nothing to it, and no dense gradient is counted."""
+    mest = {"target": 0.75, "evolution": {"type": "mest", "update_interval": 3}}
+    results = spawn(nan_in_a_dead_gradient, 2, str(tmp_path), SECTIONS, mest)
+    assert "unchanged" not in results[0]["console"]
+    found = records(tmp_path)
+    assert not any(r["skipped"] for r in found)
+    assert len({r["digest"] for r in found}) > 5
+    assert results[0]["growth"] == 0.0
 
 
 def moments_of_mst_code(folder: str, sections: dict[str, Any], reset: bool) -> tuple[int, int]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Evolution(Config, ABC):
     """Scores are tensors >= 0 of the weight's shape, or `WeightView.random`; the largest win, ties go to the lowest index."""
 
+    grows_by_gradient: ClassVar[bool] = False
+    """Whether it needs the gradient of dead weights too; a rule that reads a gradient but not this one sees 0 there."""
     reads_gradient: ClassVar[bool] = False
     """Whether the scores need the dense gradient."""
     draws_first: ClassVar[bool] = True

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Mest(Rewiring):
-    """Importance ``|w| + lambda |g|``, g the mean gradient over the global batch."""
+    """Importance ``|w| + lambda |g|``, g the mean gradient over the global batch; no dead weight's gradient is looked at."""
 
     reads_gradient: ClassVar[bool] = True
 

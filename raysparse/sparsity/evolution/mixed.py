@@ -15,6 +15,7 @@ class Mixed(Rewiring):
     """The random part is drawn among those that the gradients did not choose."""
 
     reads_gradient: ClassVar[bool] = True
+    grows_by_gradient: ClassVar[bool] = True
 
     type: Literal["mixed"] = "mixed"
     gradient_share: Share = 0.75

@@ -15,6 +15,7 @@ class RigL(Rewiring):
     """The gradient is the mean over the global batch; its absolute value is taken after the mean."""
 
     reads_gradient: ClassVar[bool] = True
+    grows_by_gradient: ClassVar[bool] = True
 
     type: Literal["rigl"] = "rigl"
     stop: Length = "75 %"
