@@ -14,8 +14,8 @@ LEVELS = [
     {"raysparse"},  # the version
     {"config"},
     {"length"},
-    {"sparsity"},
     {"kernels"},
+    {"sparsity"},
     {"models", "data", "tasks", "losses"},
     {"train"},
     {"recipes", "report"},
@@ -25,7 +25,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 FORBIDDEN = {
-    name: {"ray"} | ({"transformers", "torch.distributed", "fairscale", "datasets"} if LEVEL[name] <= LEVEL["kernels"] else set())
+    name: {"ray"} | ({"transformers", "torch.distributed", "fairscale", "datasets"} if LEVEL[name] <= LEVEL["sparsity"] else set())
     for name in LEVEL
     if name not in ("runtime", "tuning", "cluster")
 }

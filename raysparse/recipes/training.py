@@ -29,6 +29,8 @@ from raysparse.sparsity.topology import Topology, pack
 from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.keeper import Keeper
+from raysparse.train.kernels import FILE as KERNELS
+from raysparse.train.kernels import KernelMode, Kernels, check_kernels
 from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
@@ -48,6 +50,9 @@ class TrainingRunConfig(Config):
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    kernels: KernelMode = "auto"
+    """How sparse layers are computed on CPUs. auto: each product of each layer as measured to be fastest on this machine, so two runs
+    may round differently; dense with run.parity. dense, sparse: everywhere, and equal runs have equal bits."""
 
 
 def check_sizes(config: TrainingRunConfig) -> None:
@@ -61,6 +66,7 @@ def check_sizes(config: TrainingRunConfig) -> None:
             f"Use run.workers={near}, or training.sequences={-(-sequences // workers) * workers}."
         )
     config.sharding.check_workers(workers)
+    check_kernels(config.kernels, config.run)
 
 
 def pace(config: TrainingRunConfig, tokens_per_step: int, steps_per_epoch: int | None) -> Pace:
@@ -119,6 +125,10 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         former = "gradient_checkpointing_enable"  # its name before transformers 5.23
         getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})
     hybrid = hybrid_attention(parts.agenda, parts.model, device)
+    share = config.training.sequences if config.run.parity else config.training.sequences // run.world_size
+    tokens = min(config.training.micro, share) * parts.tokens_per_sequence
+    names = parts.sparse if parts.topology is not None else {}
+    kernels = Kernels.install(parts.model, names, config.kernels, config.run, tokens, run, job.path / KERNELS)
     units = blocks(parts.model)
     if config.training.compile:
         for unit in units.values():
@@ -143,6 +153,8 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         keeper.begin(state.step, history)
         if found is not None:
             keeper.published(str(found), state.step)
+        if kernels is not None:
+            kernels.refresh(topology, keeper.live, sharded)
     if run.rank == 0:
         metrics.rewind(job.path, state.step)
     training = Training(
@@ -158,6 +170,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         agenda=parts.agenda,
         keeper=keeper,
         hybrid=hybrid,
+        kernels=kernels,
         feed=parts.feed,
         validation=parts.validation,
         num_validation=parts.num_validation,
@@ -261,7 +274,8 @@ def summarize(
             ],
         },
         "topology": history_of(t, state.step),
-        "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.dense.total},  # dense kernels multiply every zero
+        "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.executed.total},
+        "kernels": None if t.kernels is None else t.kernels.facts(),
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": state.seconds,

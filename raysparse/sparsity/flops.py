@@ -196,14 +196,17 @@ class Ledger:
     convention: Convention
     dense: Flops = field(init=False)
     counted: Flops = field(init=False)
+    executed: Flops = field(init=False)
     growth: Flops = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dense = self.counted = self.growth = Flops(self.convention)
+        self.dense = self.counted = self.executed = self.growth = Flops(self.convention)
 
-    def add(self, counted: Flops, dense: Flops, growth: Flops | None = None) -> None:
-        """Some steps: what they cost with their zeros skipped, what the dense model would have cost, and growth gradients."""
+    def add(self, counted: Flops, dense: Flops, growth: Flops | None = None, executed: Flops | None = None) -> None:
+        """Some steps: what they cost with their zeros skipped, what the dense model would have cost, growth gradients, and what the
+        kernels computed (None: every zero was multiplied)."""
         self.dense, self.counted = self.dense + dense, self.counted + counted
+        self.executed = self.executed + (dense if executed is None else executed)
         if growth is not None:
             self.growth = self.growth + growth
 
@@ -212,12 +215,12 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a checkpoint; JSON keeps them exactly."""
-        return {"dense": asdict(self.dense), "counted": asdict(self.counted), "growth": asdict(self.growth)}
+        return {part: asdict(getattr(self, part)) for part in ("dense", "counted", "executed", "growth")}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         ledger = cls(state["dense"]["convention"])
-        ledger.add(Flops(**state["counted"]), Flops(**state["dense"]), Flops(**state["growth"]))
+        ledger.add(*(Flops(**state[part]) for part in ("counted", "dense", "growth", "executed")))
         return ledger
 
 

@@ -73,6 +73,8 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
     torch.manual_seed(counter.key(t.seed, "dropout", step, t.run.rank))
     if t.hybrid is not None:
         t.hybrid.set(t.agenda.attention(step))  # validation keeps the pattern of the last step
+    if t.kernels is not None:
+        t.kernels.begin(t.looks_at_dead(step))
     micro_batches = _micro_batches(t, step)
     count = torch.tensor([sum(batch.num_targets for batch in micro_batches)], dtype=torch.int64)
     targets = int(t.all_sum(count))
@@ -94,6 +96,9 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
     """
     gradients = t.sharded.collect()
     change = None if t.keeper is None else t.keeper.evolve(step, gradients)
+    if change is not None and change.skipped is None and t.kernels is not None:
+        assert t.topology is not None
+        t.kernels.refresh(t.topology, t.nnz, t.sharded)
     _kill(t, gradients)
     num_rows = sum(part.shape[0] for part in t.sharded.parts.values())
     norm = global_norm(list(gradients.values()), num_rows, t.sharded.owners)
@@ -112,6 +117,8 @@ def validate(t: Training) -> tuple[float, float]:
     """Mean cross-entropy (nats) of the held-out sequences, and the standard error of that mean over sequences."""
     device = t.device
     t.sharded.module.eval()
+    if t.kernels is not None:
+        t.kernels.begin(dense_gradient=False)
     sums = torch.zeros(t.num_validation, 2, dtype=torch.float64)
     share = -(-t.num_validation // t.run.world_size)
     mine = [min(t.run.rank * share + i, t.num_validation - 1) for i in range(share)]  # ranks run equally many passes
@@ -203,9 +210,14 @@ def _count(t: Training, step: int, tokens: int) -> None:
     """Add a step to the ledger, at its own sequence length, attention and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
     counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step))
-    reads = t.keeper is not None and t.agenda.is_update(step) and t.agenda.span(step).rule.grows_by_gradient
+    dense = training_flops(t.arch, 1.0, tokens, length, convention)
+    executed, reads = None, t.looks_at_dead(step)
+    if t.kernels is not None:
+        products = t.kernels.executed(t.nnz, reads)
+        thirds = [training_flops(t.arch, live, tokens, length, convention) * (1 / 3) for live in products]
+        executed = thirds[0] + thirds[1] + thirds[2]
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
-    t.ledger.add(counted, training_flops(t.arch, 1.0, tokens, length, convention), growth)
+    t.ledger.add(counted, dense, growth, executed)
 
 
 def _stale(t: Training, state: State) -> bool:

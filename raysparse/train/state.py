@@ -20,6 +20,7 @@ from raysparse.sparsity.flops import Architecture, Ledger
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import Checkpointer
 from raysparse.train.keeper import Keeper
+from raysparse.train.kernels import Kernels
 from raysparse.train.metrics import Meter
 from raysparse.train.optimizer import ScheduleConfig
 from raysparse.train.run import Run
@@ -95,6 +96,7 @@ class Training:
     agenda: Agenda
     keeper: Keeper | None
     hybrid: HybridAttention | None
+    kernels: Kernels | None
     feed: Feed
     validation: Feed
     num_validation: int
@@ -121,6 +123,10 @@ class Training:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.sharded.parts.values())).local.device
+
+    def looks_at_dead(self, step: int) -> bool:
+        """Whether the step has an update that reads the gradients of dead weights."""
+        return self.keeper is not None and self.agenda.is_update(step) and self.agenda.span(step).rule.grows_by_gradient
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over every rank of the run, replicas too; every rank calls this."""

@@ -1,0 +1,188 @@
+"""Linear layers that skip their zeros, in any of the three products of training, behind one custom operator.
+
+``y = x W^T + b`` needs the forward product, the gradient of its input and the gradient of its weight; each runs on a native stream
+of the live weights or as torch's dense product, as was chosen. The operator sees plain tensors and the number of the layer, so a new
+topology changes no graph and torch.compile compiles nothing anew; autograd, autocast, activation checkpointing and FSDP2 (it is called
+with the gathered weights) work as with any other operator.
+"""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysparse.kernels.stream import Stream, Use
+
+
+@dataclass(frozen=True)
+class Products:
+    """Which of a layer's products skip zeros."""
+
+    forward: bool = False
+    backward: bool = False
+    """The gradient of the input."""
+    gradient: bool = False
+    """The gradient of the weight."""
+
+    @property
+    def any(self) -> bool:
+        return self.forward or self.backward or self.gradient
+
+
+DENSE, SPARSE = Products(), Products(True, True, True)
+
+
+class SparseLinear(nn.Linear):
+    """An `nn.Linear` whose dead weights may be skipped; without a mask it is an `nn.Linear`. Made by `adopt`.
+
+    The caller promises that dead weights are zero. Their gradient is zero too, except where `dense_gradient` is set.
+
+    Attributes:
+        products: which products skip zeros.
+        dense_gradient: form the gradient of all weights, for growing by it.
+        held: weights change only where `release` is called, so their live values are read once between two calls of it and not in every
+            forward and backward pass.
+    """
+
+    number: int
+    held: bool
+    dense_gradient: bool
+    products: Products
+    _bits: Tensor | None
+    _streams: dict[Use, Stream]
+    _loaded: set[Use]
+
+    def sparsify(self, bits: Tensor, dtype: torch.dtype, products: Products) -> None:
+        """Another mask, or other products.
+
+        Args:
+            bits: [out, ceil(in / 8)] uint8, lowest bit first.
+            dtype: of the products.
+        """
+        wanted = {Use.FORWARD: products.forward, Use.BACKWARD: products.backward, Use.GRADIENT: products.gradient}
+        self._bits, self.products = bits, products
+        self._streams = {use: Stream(bits, self.in_features, dtype, use) for use, sparse in wanted.items() if sparse}
+        self.release()
+
+    def densify(self) -> None:
+        """No mask: an ordinary linear layer."""
+        self._bits, self.products, self._streams = None, DENSE, {}
+        self.release()
+
+    def release(self) -> None:
+        """The weight has changed or may have."""
+        self._loaded = set()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.products.any and input.device.type == "cpu":
+            return torch.ops.raysparse.linear(input, self.weight, self.bias, self.number)
+        return super().forward(input)
+
+    def skips(self, use: Use, dtype: torch.dtype) -> bool:
+        """Whether a product of tensors of `dtype` runs on the stream: it does if it is of the stream's dtype."""
+        return use in self._streams and dtype == self._streams[use].dtype
+
+    def stream(self, use: Use, weight: Tensor | None = None) -> Stream:
+        """Ready to multiply by `weight`."""
+        stream = self._streams[use]
+        if weight is not None and use not in self._loaded:
+            stream.load(weight.contiguous())
+            if self.held:
+                self._loaded.add(use)
+        return stream
+
+    def live(self, gradient: Tensor) -> Tensor:
+        """A dense gradient of the weight with zeros at dead weights."""
+        assert self._bits is not None
+        shifts = torch.arange(8, dtype=torch.uint8)
+        mask = ((self._bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : self.in_features].bool()
+        return gradient.masked_fill(~mask, 0)
+
+
+_NUMBERS = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, SparseLinear] = weakref.WeakValueDictionary()
+"""By number, as the operator names them; no number is used twice."""
+
+
+def adopt(linear: nn.Linear) -> SparseLinear:
+    """Turn a layer into a `SparseLinear`, in place: parameters, hooks and names stay as they are."""
+    assert type(linear) is nn.Linear, type(linear)
+    linear.__class__ = SparseLinear
+    layer = cast(SparseLinear, linear)
+    layer.number, layer.held, layer.dense_gradient = next(_NUMBERS), False, False
+    layer.densify()
+    _LAYERS[layer.number] = layer
+    return layer
+
+
+@torch.library.custom_op("raysparse::linear", mutates_args=(), device_types="cpu")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tensor:
+    """x: [..., in], weight: [out, in], bias: [out] -> [..., out]."""
+    layer = _layer(weight, number)
+    if not layer.skips(Use.FORWARD, x.dtype):
+        return F.linear(x, weight, bias)
+    y = layer.stream(Use.FORWARD, weight).multiply(_rows(x), bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("raysparse::linear_backward", mutates_args=(), device_types="cpu")
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, number: int, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of the input [..., in] and of the weight [out, in]; empty tensors where not asked for."""
+    layer = _layer(weight, number)
+    rows_dy, rows_x = _rows(dy), _rows(x)
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    if of_input and layer.skips(Use.BACKWARD, dy.dtype):
+        dx = layer.stream(Use.BACKWARD, weight).multiply(rows_dy).view(x.shape)
+    elif of_input:
+        dx = (rows_dy @ weight).view(x.shape)
+    if of_weight and layer.dense_gradient:
+        dw = rows_dy.t() @ rows_x
+    elif of_weight and layer.skips(Use.GRADIENT, dy.dtype):
+        dw = layer.stream(Use.GRADIENT).gradient(rows_x, rows_dy)
+    elif of_weight:
+        dw = layer.live(rows_dy.t() @ rows_x)
+    return dx, dw
+
+
+@_linear_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, number: int, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape) if of_input else x.new_empty(0)
+    return dx, (weight.new_empty(weight.shape) if of_weight else x.new_empty(0))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.number = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx, dy: Tensor):
+    x, weight = ctx.saved_tensors
+    of_input, of_weight, of_bias, _ = ctx.needs_input_grad
+    dx, dw = torch.ops.raysparse.linear_backward(dy, x, weight, ctx.number, of_input, of_weight)
+    db = dy.flatten(0, -2).sum(0) if ctx.has_bias and of_bias else None
+    return (dx if of_input else None), (dw if of_weight else None), db, None
+
+
+_linear.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autocast("raysparse::linear", "cpu", torch.bfloat16)
+
+
+def _layer(weight: Tensor, number: int) -> SparseLinear:
+    layer = _LAYERS[number]
+    assert weight.shape == (layer.out_features, layer.in_features), f"{tuple(weight.shape)}"
+    return layer
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] -> [tokens, n], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()

@@ -1,0 +1,173 @@
+"""Which kernels a run's sparse layers use, kept in step with its topology."""
+
+import json
+import math
+from collections.abc import Container, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, Self, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raysparse.config import ConfigError
+from raysparse.kernels import choice, library
+from raysparse.kernels.choice import Gains
+from raysparse.kernels.linear import DENSE, SPARSE, Products, SparseLinear, adopt
+from raysparse.sparsity.topology import Topology, pack
+from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
+from raysparse.train.shard import Sharded
+
+KernelMode = Literal["auto", "dense", "sparse"]
+FILE = "kernels.json"
+"""In a run folder: what was measured. A run that goes on chooses by it, and so computes with the same bits as before."""
+
+
+def check_kernels(mode: KernelMode, run: RunConfig) -> None:
+    """Raise a `ConfigError` if sparse kernels are asked for that this machine cannot run."""
+    assert mode in get_args(KernelMode)
+    if mode != "sparse":
+        return
+    if resolve_device(run) != "cpu":
+        raise ConfigError("Expected run.device=cpu with kernels=sparse. Got a GPU, for which there are none. Use kernels=auto.")
+    if (reason := library.why_not()) is not None:
+        raise ConfigError(
+            f"Expected the native kernels for kernels=sparse. Got none: {reason}. "
+            "Install a C++ compiler and raysparse again, or use kernels=auto. `raysparse doctor` shows what is there."
+        )
+
+
+class Kernels:
+    """The sparse layers of a model in training on one rank.
+
+    Without a native library, on a GPU, with ``kernels=dense`` and, where the choice is free, with ``run.parity`` (which promises
+    equal bits on other machines) the layers stay as they are.
+    """
+
+    def __init__(self, layers: Mapping[str, list[SparseLinear]], mode: KernelMode, dtype: torch.dtype, tokens: int, run: Run, file: Path):
+        self._layers, self._mode, self._dtype, self._tokens = layers, mode, dtype, tokens
+        self._run, self._file = run, file
+        self._gains: dict[str, Gains] = {}
+        if file.exists():
+            self._gains = {name: Gains(**gains) for name, gains in json.loads(file.read_text()).items()}
+        self._products: dict[str, Products] = {}
+        self._cases: dict[str, str] = {}
+        self._shown = ""
+        for layer in self._all():
+            layer.held = True
+
+    @classmethod
+    def install(
+        cls,
+        model: nn.Module,
+        names: Container[str],
+        mode: KernelMode,
+        config: RunConfig,
+        tokens: int,
+        run: Run,
+        file: Path,
+    ) -> Self | None:
+        """Adopt the linear layers that hold the named weights, before the model is compiled or sharded; None where all stays dense.
+
+        Args:
+            names: of the sparse parameters.
+            tokens: of a micro-batch on this rank.
+            file: where measurements are kept.
+        """
+        if mode == "dense" or (mode == "auto" and config.parity) or (device := resolve_device(config)) != "cpu":
+            return None
+        if (reason := library.why_not()) is not None:
+            run.show({"text": f"kernels: dense, zeros are multiplied. There is no native library: {reason}"})
+            return None
+        of = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
+        layers: dict[str, list[SparseLinear]] = {}
+        for module in list(model.modules()):
+            if type(module) is nn.Linear and (name := of.get(id(module.weight))) is not None:
+                layers.setdefault(name, []).append(adopt(module))
+        return cls(layers, mode, resolve_dtype(config, device), tokens, run, file) if layers else None
+
+    def refresh(self, topology: Topology, live: Mapping[str, int], sharded: Sharded) -> None:
+        """After the masks have changed: new streams, and where the sparsity is another, a new choice. Every rank calls this.
+
+        Args:
+            live: live weights of each layer over all ranks.
+        """
+        bits = {name: sharded.whole(name, pack(topology.masks[name])) for name in self._layers}
+        shapes = {name: topology.shapes[name] for name in self._layers}
+        sparse = {name for name in self._layers if live[name] < math.prod(shapes[name])}
+        if self._mode == "auto":
+            self._cases = {name: choice.case(bits[name], shapes[name][1], live[name], self._dtype, self._tokens) for name in sparse}
+            self._measure(bits, shapes)
+        for name, layers in self._layers.items():
+            products = DENSE
+            if name in sparse:
+                products = SPARSE if self._mode == "sparse" else self._gains[self._cases[name]].products
+            self._products[name] = products
+            for layer in layers:
+                layer.sparsify(bits[name], self._dtype, products) if products.any else layer.densify()
+        self._show()
+
+    def begin(self, dense_gradient: bool) -> None:
+        """Before the forward passes of a step: the weights may have changed since the last.
+
+        Args:
+            dense_gradient: this step's gradients will be looked at where weights are dead.
+        """
+        for layer in self._all():
+            layer.release()
+            layer.dense_gradient = dense_gradient
+
+    def executed(self, live: Mapping[str, int], dense_gradient: bool) -> list[dict[str, int]]:
+        """Of the forward product, the gradient of the input and that of the weight: live weights of the layers that skip zeros in it.
+
+        Args:
+            live: live weights of every sparse layer.
+        """
+
+        def skipped_by(which: str) -> dict[str, int]:
+            return {name: live[name] for name, products in self._products.items() if getattr(products, which)}
+
+        return [skipped_by("forward"), skipped_by("backward"), {} if dense_gradient else skipped_by("gradient")]
+
+    def facts(self) -> dict[str, Any]:
+        """For the summary: the build, and of each product how many layers skip zeros and the median measured gain of those."""
+        return {"native": library.variant(), "mode": self._mode, "layers": len(self._layers)} | {
+            which: {"sparse": sparse, "gain": gain} for which, (sparse, gain) in self._totals().items()
+        }
+
+    def _measure(self, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Rank 0 measures what was not yet, and tells the others, for all must choose alike."""
+        new: dict[str, str] = {case: name for name, case in self._cases.items() if case not in self._gains}
+        if self._run.rank == 0 and new:
+            for case, name in new.items():
+                self._gains[case] = choice.measure(bits[name], shapes[name][1], self._dtype, self._tokens)
+            self._file.write_text(json.dumps({case: asdict(gains) for case, gains in self._gains.items()}, indent=1) + "\n")
+        box = [self._gains]
+        dist.broadcast_object_list(box, src=0)
+        self._gains = box[0]
+
+    def _totals(self) -> dict[str, tuple[int, float | None]]:
+        """Of each product: layers that skip zeros, and the median measured gain of those."""
+        totals: dict[str, tuple[int, float | None]] = {}
+        for which in ("forward", "backward", "gradient"):
+            names = [name for name, products in self._products.items() if getattr(products, which)]
+            gains = [getattr(self._gains[self._cases[name]], which) for name in names if name in self._cases]
+            totals[which] = len(names), median(gains) if gains else None
+        return totals
+
+    def _show(self) -> None:
+        """One line, where it says something new."""
+        words = {"forward": "forward", "backward": "input gradient", "gradient": "weight gradient"}
+        parts = [
+            f"{words[which]} {sparse} of {len(self._layers)}" + (f" ({gain:.1f}x)" if gain else "")
+            for which, (sparse, gain) in self._totals().items()
+        ]
+        text = f"kernels: layers that skip zeros: {', '.join(parts)}; {library.variant()}"
+        if text != self._shown:
+            self._run.show({"text": text})
+            self._shown = text
+
+    def _all(self) -> list[SparseLinear]:
+        return [layer for layers in self._layers.values() for layer in layers]
