@@ -44,8 +44,10 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interleave(contestants: Mapping[str, Callable[[int], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """CPU seconds of each contestant in each round, all threads of the process.
+def interleave(
+    contestants: Mapping[str, Callable[[int], None]], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round: CPU time of all threads of the process, or by another clock.
 
     Every round runs every contestant once and starts with another one, so that what drifts in the machine meets all alike.
     The first `warmup` rounds are not kept.
@@ -54,10 +56,10 @@ def interleave(contestants: Mapping[str, Callable[[int], None]], rounds: int, wa
     for index in range(warmup + rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            began = time.process_time()
+            began = clock()
             contestants[name](index)
             if index >= warmup:
-                times[name].append(time.process_time() - began)
+                times[name].append(clock() - began)
     return times
 
 

@@ -81,6 +81,7 @@ def assemble(folder: Path, size: Size, sparsity: float) -> Training:
         training=training.TrainingConfig(sequences=1, micro=1),
         checkpoint=training.CheckpointConfig(asynchronous=False),
         logging=training.LoggingConfig(tensorboard=False),
+        kernels="dense",  # what masks cost where no zero is skipped; benchmarks.cpu_step has the kernels
     )
     model = build(size.model, 0, size.vocabulary, size.tokens)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in select(model)}

@@ -161,7 +161,16 @@ def _preset_config(preset: str | None) -> "PretrainedConfig":
 
     assert preset is not None
     layers, width, heads, context = _SIZES[preset]
-    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        n_positions=context,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one pass instead of eight
+    )
 
 
 @contextmanager

@@ -1,0 +1,241 @@
+"""What the CPU kernels gain: one linear layer, one GPT-2-small block, and the sparse products that users could have instead.
+
+    python -m benchmarks.cpu_kernels                          all of it, 10 minutes
+    python -m benchmarks.cpu_kernels --only linear --rounds 21
+
+Times are CPU times of one thread, contestants interleaved, ratios to torch's dense product of the same dtype; the rows with two
+threads are wall-clock. The sparse layer is `SparseLinear` as training uses it: "step" reads the live values out of the dense weight in
+every pass and writes a dense gradient; "held" has the values read once, as between two optimizer steps with several micro-batches.
+Goals are checked against "held" for the layer and against "step" for the block. Exit status 1 if one is missed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import Ratio, interleave, table, write
+from raysparse.kernels import library
+from raysparse.kernels.linear import SPARSE, SparseLinear, adopt
+from raysparse.models.attention import HybridAttention
+from raysparse.models.build import ModelConfig, build, select
+from raysparse.sparsity.attention import Fixed
+from raysparse.sparsity.topology import pack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LINEAR = {  # dtype -> sparsity -> at least so many times faster than dense: forward + both gradients
+    "float32": {0.5: 1.7, 0.75: 3.2, 0.9: 6.8, 0.95: 11.0},
+    "bfloat16": {0.5: 1.25, 0.75: 2.4, 0.9: 5.1, 0.95: 9.0},
+}
+BLOCK = {  # (sequences, length, hybrid attention) -> sparsity -> at least
+    (1, 1024, False): {0.75: 2.0, 0.9: 2.8},
+    (4, 256, False): {0.75: 2.3, 0.9: 3.7},
+    (1, 1024, True): {0.75: 2.3, 0.9: 4.0},
+}
+THREADS_KEEP = 0.9
+"""Share of the one-thread ratio that two threads must keep."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what, how many times faster than dense, and the goal."""
+
+    what: str
+    ratio: Ratio
+    goal: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        return self.goal is not None and self.ratio.median < self.goal
+
+    @property
+    def cells(self) -> list[object]:
+        return [
+            self.what,
+            self.ratio,
+            "" if self.goal is None else f"{self.goal:.2f}",
+            "" if self.goal is None else "MISSED" if self.missed else "met",
+        ]
+
+
+def mask_of(shape: tuple[int, int], sparsity: float, grain: tuple[int, int] = (1, 1)) -> Tensor:
+    """A random mask whose blocks of `grain` live and die together."""
+    rows, cols = grain
+    units = torch.rand(shape[0] // rows, shape[1] // cols) >= sparsity
+    return units.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+
+
+def sparse_linear(out: int, cols: int, mask: Tensor, dtype: torch.dtype, held: bool) -> SparseLinear:
+    layer = adopt(nn.Linear(cols, out, dtype=dtype))
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+    layer.held = held
+    layer.sparsify(pack(mask), dtype, SPARSE)
+    return layer
+
+
+def passes(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: Sequence[nn.Parameter]) -> Callable[[int], None]:
+    """Forward and backward, gradients made anew."""
+
+    def run(_: int) -> None:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        module(x).backward(dy)
+
+    return run
+
+
+def linear_contestants(out: int, cols: int, tokens: int, dtype: torch.dtype, masks: dict[str, Tensor]) -> dict[str, Callable[[int], None]]:
+    """Dense, and for every mask the layer in both manners."""
+    x, dy = torch.randn(tokens, cols, dtype=dtype, requires_grad=True), torch.randn(tokens, out, dtype=dtype)
+    dense = nn.Linear(cols, out, dtype=dtype)
+    contestants = {"dense": passes(dense, x, dy, list(dense.parameters()))}
+    for name, mask in masks.items():
+        for manner in ("held", "step"):
+            layer = sparse_linear(out, cols, mask, dtype, held=manner == "held")
+            contestants[f"{name}, {manner}"] = passes(layer, x, dy, list(layer.parameters()))
+    return contestants
+
+
+def linear(rounds: int, tokens: int = 512) -> list[Row]:
+    """Forward + both gradients of a layer, one thread."""
+    rows = []
+    for out, cols in ((3072, 768), (768, 3072)):
+        for name, dtype in DTYPES.items():
+            masks = {f"{100 * sparsity:g} %": mask_of((out, cols), sparsity) for sparsity in LINEAR[name]}
+            masks |= {f"75 % in blocks {r}x{c}": mask_of((out, cols), 0.75, (r, c)) for r, c in ((4, 4), (4, 2))}
+            times = interleave(linear_contestants(out, cols, tokens, dtype, masks), rounds)
+            for contestant, seconds in times.items():
+                goals = {f"{100 * sparsity:g} %, held": goal for sparsity, goal in LINEAR[name].items()} if out == 3072 else {}
+                what = f"{cols} -> {out}, {tokens} tokens, {name}, {contestant}"
+                if contestant != "dense":
+                    rows.append(Row(what, Ratio.of(times["dense"], seconds), goals.get(contestant)))
+    return rows
+
+
+def two_threads(rounds: int) -> list[Row]:
+    """Wall-clock with two threads over wall-clock with one: the ratio of the ratios."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        masks = {f"{100 * sparsity:g} %": mask_of((3072, 768), sparsity) for sparsity in LINEAR[name]}
+        contestants = linear_contestants(3072, 768, 2048, dtype, masks)
+        ratios: dict[int, dict[str, Ratio]] = {}
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            times = interleave(contestants, rounds, clock=time.perf_counter)
+            ratios[threads] = {contestant: Ratio.of(times["dense"], seconds) for contestant, seconds in times.items()}
+        torch.set_num_threads(1)
+        for contestant in contestants:
+            if contestant.endswith("held"):
+                one, two = ratios[1][contestant], ratios[2][contestant]
+                kept = Ratio(*(value / one.median for value in vars(two).values()))
+                rows.append(
+                    Row(f"{name}, {contestant}: {two.median:.2f}x with two threads, {one.median:.2f}x with one", kept, THREADS_KEEP)
+                )
+    return rows
+
+
+def block(rounds: int) -> list[Row]:
+    """Forward and backward through a GPT-2-small block (a model of one layer with hardly a vocabulary)."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        for (sequences, length, hybrid), goals in BLOCK.items():
+            ids = torch.randint(64, (sequences, length))
+            runs = {"dense": model_passes(ids, 0.0, False, dtype)}
+            for sparsity in goals:
+                runs[f"{100 * sparsity:g} %"] = model_passes(ids, sparsity, hybrid, dtype)
+            times = interleave(runs, rounds)
+            attention = ", fixed attention of width 128" if hybrid else ""
+            for sparsity, goal in goals.items():
+                key = f"{100 * sparsity:g} %"
+                what = f"{sequences} x {length} tokens, {name}, {key}{attention}"
+                rows.append(Row(what, Ratio.of(times["dense"], times[key]), goal if name == "float32" else None))
+    return rows
+
+
+def model_passes(ids: Tensor, sparsity: float, hybrid: bool, dtype: torch.dtype) -> Callable[[int], None]:
+    model = build(ModelConfig(preset="gpt2-small", overrides={"n_layer": 1}), 0, 64, ids.shape[1])
+    if hybrid:
+        HybridAttention.install(model, "cpu").set(Fixed(width=128))
+    model = model.to(dtype)
+    if sparsity:
+        for name in select(model):
+            module = model.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(module, nn.Linear)
+            mask = mask_of((module.out_features, module.in_features), sparsity)
+            with torch.no_grad():
+                module.weight.mul_(mask)
+            adopt(module).sparsify(pack(mask), dtype, SPARSE)
+
+    def run(_: int) -> None:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
+
+    return run
+
+
+def rivals(rounds: int, tokens: int = 512) -> list[Row]:
+    """The forward product alone, float32, against what else multiplies by a sparse matrix here. Ratios: their time over ours."""
+    rows = []
+    for sparsity in LINEAR["float32"]:
+        mask = mask_of((3072, 768), sparsity)
+        layer = sparse_linear(3072, 768, mask, torch.float32, held=False)
+        weight, x = layer.weight.detach(), torch.randn(tokens, 768)
+        csr, turned = weight.to_sparse_csr(), x.t().contiguous()
+        contestants: dict[str, Callable[[int], Any]] = {
+            "raysparse": torch.no_grad()(lambda _, layer=layer, x=x: layer(x)),
+            "torch dense": lambda _, x=x, weight=weight: F.linear(x, weight),
+            "torch CSR (transposed activations given)": lambda _, csr=csr, turned=turned: csr @ turned,
+        }
+        try:
+            from scipy.sparse import csr_matrix
+        except ImportError:
+            pass
+        else:
+            matrix, array = csr_matrix(weight.numpy()), turned.numpy()
+            contestants["scipy CSR (transposed activations given)"] = lambda _, matrix=matrix, array=array: matrix @ array
+        times = interleave(contestants, rounds)
+        for name in list(contestants)[1:]:
+            rows.append(Row(f"{100 * sparsity:g} %, {name}", Ratio.of(times[name], times["raysparse"]), 1.0))
+    return rows
+
+
+TABLES = {
+    "linear": (linear, "One layer: forward, gradient of the input, gradient of the weight; one thread"),
+    "threads": (two_threads, "Two threads: share of the one-thread ratio that is kept (768 -> 3072, 2,048 tokens, wall-clock)"),
+    "block": (block, "A GPT-2-small block, forward and backward; one thread"),
+    "rivals": (rivals, "The forward product against other sparse products (768 -> 3072, 512 tokens, float32; their time over ours)"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.cpu_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", choices=list(TABLES), nargs="+", default=list(TABLES), help="tables to make")
+    parser.add_argument("--out", type=Path, help="folder for cpu_kernels_<hardware>_<date>.{json,md}")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"native library: {library.variant()}", flush=True)
+    results, tables = {}, []
+    for name in args.only:
+        make, title = TABLES[name]
+        results[name] = make(args.rounds)
+        tables.append(f"## {title}\n\n" + table(["", "times faster, median [95 %]", "goal", ""], [row.cells for row in results[name]]))
+        print(tables[-1], flush=True)
+    if args.out:
+        print(write(args.out, "cpu_kernels", {"native": library.variant(), "tables": results}, tables))
+    return int(any(row.missed for rows in results.values() for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
