@@ -9,7 +9,7 @@ with the gathered weights) work as with any other operator.
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,12 @@ class SparseLinear(nn.Linear):
     _bits: Tensor | None
     _streams: dict[Use, Stream]
     _loaded: set[Use]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a layer of its own."""
+        super().__setstate__(state)
+        self.release()
+        _register(self)
 
     def sparsify(self, bits: Tensor, dtype: torch.dtype, products: Products) -> None:
         """Another mask, or other products.
@@ -113,10 +119,15 @@ def adopt(linear: nn.Linear) -> SparseLinear:
     assert type(linear) is nn.Linear, type(linear)
     linear.__class__ = SparseLinear
     layer = cast(SparseLinear, linear)
-    layer.number, layer.held, layer.dense_gradient = next(_NUMBERS), False, False
+    layer.held, layer.dense_gradient = False, False
     layer.densify()
-    _LAYERS[layer.number] = layer
+    _register(layer)
     return layer
+
+
+def _register(layer: SparseLinear) -> None:
+    layer.number = next(_NUMBERS)
+    _LAYERS[layer.number] = layer
 
 
 @torch.library.custom_op("raysparse::linear", mutates_args=(), device_types="cpu")
@@ -169,7 +180,7 @@ def _differentiate(ctx, dy: Tensor):
     x, weight = ctx.saved_tensors
     of_input, of_weight, of_bias, _ = ctx.needs_input_grad
     dx, dw = torch.ops.raysparse.linear_backward(dy, x, weight, ctx.number, of_input, of_weight)
-    db = dy.flatten(0, -2).sum(0) if ctx.has_bias and of_bias else None
+    db = dy.sum_to_size(dy.shape[-1]) if ctx.has_bias and of_bias else None
     return (dx if of_input else None), (dw if of_weight else None), db, None
 
 
@@ -185,4 +196,4 @@ def _layer(weight: Tensor, number: int) -> SparseLinear:
 
 def _rows(x: Tensor) -> Tensor:
     """[..., n] -> [tokens, n], contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()

@@ -3,6 +3,7 @@
 import ctypes
 import weakref
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,16 @@ class Stream:
         """
         assert bits.dtype == torch.uint8, bits.dtype
         assert bits.shape == (bits.shape[0], -(-cols // 8)), f"{tuple(bits.shape)} for {cols} columns"
-        self.shape, self.dtype, self.use = (bits.shape[0], cols), dtype, use
+        self.shape, self.dtype, self.use, self._bits = (bits.shape[0], cols), dtype, use, bits
         new = function("rs_stream_new", _pointer, _pointer, _long, _long, _int, _int)
         self._loaded = False
         self._handle = new(pointer(bits), *self.shape, use, DTYPES[dtype] == "bf16")
         weakref.finalize(self, function("rs_stream_free", None, _pointer), self._handle)
         self.grain: int = function("rs_stream_grain", _int, _pointer)(self._handle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made anew, with native memory of its own."""
+        return Stream, (self._bits, self.shape[1], self.dtype, self.use)
 
     @property
     def nbytes(self) -> int:

@@ -28,7 +28,7 @@ def text(summary: dict[str, Any], job: Job) -> str:
             f"validation loss   {loss['validation']:.4f} (perplexity {loss['perplexity']:.2f})",
             f"sparse weights    {sparsity['nnz']:,} live of {sparsity['total']:,} (sparsity {sparsity['actual']:.4f})",
             f"training FLOPs    {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x "
-            f"({flops['convention']}); counted = if zeros were skipped, dense kernels skip none",
+            f"({flops['convention']}); counted = if zeros were skipped; the kernels executed {flops['executed']:.4g}",
             *_topology(summary),
             f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
             f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by {summary['workers']} workers",

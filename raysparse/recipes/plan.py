@@ -227,7 +227,7 @@ def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
         f"training FLOPs {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x fewer, "
         f"{flops['reduction_head_excluded']:.2f}x with the head excluded, neither sparse nor counted (convention {flops['convention']})",
         *_growth(facts),
-        "               counted = if every zero were skipped; dense kernels skip none",
+        "               counted = if every zero were skipped; what a machine skips, it measures when the run starts (kernels=auto)",
         f"per rank       of {facts['workers']} workers, estimated:",
         *(f"  {key:<13}{value / 2**20:>12,.1f} MiB" for key, value in facts["memory_bytes_per_rank"].items()),
         f"  sent a step {facts['bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB",

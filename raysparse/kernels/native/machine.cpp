@@ -28,9 +28,9 @@ void* scratch(size_t bytes, int slot) {
     }
   };
   static thread_local Memory memory;
-  if (memory.size[slot] < bytes) {
+  if (!memory.start[slot] || memory.size[slot] < bytes) {
     free(memory.start[slot]);
-    memory.size[slot] = (bytes + page - 1) / page * page;
+    memory.size[slot] = bytes ? (bytes + page - 1) / page * page : page;  // an empty array has an address too
     memory.start[slot] = aligned_alloc(page, memory.size[slot]);
     if (!memory.start[slot]) abort();
 #if defined(MADV_HUGEPAGE)
