@@ -194,7 +194,7 @@ def test_page_says_negative_results_plainly(runs, write_run, tmp_path):
     page = (tmp_path / "page.html").read_text()
     negative = page[page.index("What did not work") : page.index("How to reproduce")]
     for text in (
-        "masks on dense kernels saved no time here; the FLOPs above are counted",
+        "the zeros saved no time here; the FLOPs above are counted",
         "weak has not learned more than word frequencies",
         "weak is worse than its dense twin dense: +3.0000 (noise not judged) nats a token",
         "lost diverged",
@@ -214,7 +214,7 @@ def test_answer_holds_difference_and_reduction(runs, tmp_path):
     assert " at 75 % sparsity +0.7500 (noise not judged), 1.60x fewer" in found[1]
     assert "bleu on e2e against the dense pair, and counted FLOPs end to end: fine sparse (75 % → dense) -55.00" in found[1]
     assert "-55.00 (noise not judged), 1.23x fewer" in found[1]
-    assert "masks on dense kernels saved no time here" in found[1]
+    assert "the zeros saved no time here" in found[1]
     write_page(tmp_path / "page.html", "t", runs[:1], {}, Notes())
     assert "No run here has a dense twin" in (tmp_path / "page.html").read_text()
 

@@ -93,6 +93,7 @@ def test_pretraining_block_holds_what_the_summary_says(write_run):
         "reduction": "1.60x",
         "without head": "2.50x",
         "seconds": "100",
+        "speed": "1.00x",
         "tokens/s": "20",
         "sent/rank": "12.3 MB",
     }
@@ -128,6 +129,7 @@ def test_an_evolving_topology_has_its_own_columns(write_run, write_mst):
         "updates": "3",
         "explored": "97.5 %",
         "seconds": "100",
+        "speed": "1.00x",
         "sent/rank": "12.3 MB",
     }
     told = ("density", "attention", "with updates", "updates", "explored")
@@ -269,7 +271,7 @@ def test_terminal_is_narrow_and_plain(write_run):
 def test_markdown_and_html_escape(write_run):
     table = comparison([read_run(write_run("placeholder", sparsity=0.5, name=NASTY)), read_run(write_run("dense"))])
     rows = [line for line in table.markdown().splitlines() if line.startswith("|")]
-    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {14}
+    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {15}
     assert "<script>" not in table.markdown()
     assert r"\*a\*" in table.markdown()
     assert "<script>" not in table.html()

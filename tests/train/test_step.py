@@ -137,8 +137,8 @@ def bare(steps: int, fused: bool) -> dict:
     from raysparse.models.layout import to_linear
 
     torch.manual_seed(3)
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    shape = GPT2Config(vocab_size=101, n_positions=CONTEXT, n_embd=40, n_layer=2, n_head=5, use_cache=False, **no_dropout)
+    same = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
+    shape = GPT2Config(vocab_size=101, n_positions=CONTEXT, n_embd=40, n_layer=2, n_head=5, use_cache=False, **same)
     model = to_linear(GPT2LMHeadModel(shape).train())
     named = dict(model.named_parameters())
     decayed, plain = [p for p in named.values() if p.ndim > 1], [p for p in named.values() if p.ndim == 1]
