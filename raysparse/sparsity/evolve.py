@@ -58,7 +58,7 @@ def first_topology(agenda: Agenda, rows: Mapping[str, Rows], values: Mapping[str
         for name, here in rows.items()
     }
     everything = [torch.ones(view.count, dtype=torch.bool, device=view.value.device) for view in views.values()]
-    counts = [nnz[name] // pattern.side**2 for name in rows]
+    counts = [nnz[name] // pattern.size_of_unit for name in rows]
     room = [_room(nnz[name], agenda.shapes[name], rows[name], pattern, view.value.device) for name, view in views.items()]
     scores = [rule.first_score(view) for view in views.values()]
     chosen = _choose(_keys(scores, pattern, ranks), everything, counts, room, list(rows.values()), pattern, ranks)
@@ -131,7 +131,7 @@ def _counts(
     """Units that each layer keeps, and grows, over all ranks; layers that stay as they are, are absent."""
     keep, grow = {}, {}
     for name, shape in shapes.items():
-        n, planned = live[name] // pattern.side**2, update.nnz[name] // pattern.side**2
+        n, planned = live[name] // pattern.size_of_unit, update.nnz[name] // pattern.size_of_unit
         drop = max(floor(decimal(update.drop_fraction) * n), n - planned)
         dense = n == planned == prod(pattern.units(shape))
         if not dense and (drop > 0 or planned > n):
@@ -147,44 +147,45 @@ def has_grain(mask: Tensor, pattern: Pattern) -> bool:
 
 
 def _view(value: Tensor, grad: Tensor, rows: Rows, pattern: Pattern, key: int) -> WeightView:
-    width = rows.cols // pattern.side
-    return WeightView(value, grad, rows.first // pattern.side * width, rows.count // pattern.side * width, key)
+    height, width = pattern.unit[0], rows.cols // pattern.unit[1]
+    return WeightView(value, grad, rows.first // height * width, rows.count // height * width, key)
 
 
 def _units(mask: Tensor, pattern: Pattern) -> Tensor:
     """[rows, cols] bool of weights -> [units] bool."""
-    return mask[:: pattern.side, :: pattern.side].flatten()
+    return mask[:: pattern.unit[0], :: pattern.unit[1]].flatten()
 
 
 def _weights(units: Tensor, rows: Rows, pattern: Pattern) -> Tensor:
     """The inverse of `_units`."""
-    side = pattern.side
-    grid = units.view(rows.count // side, rows.cols // side)
-    return grid if side == 1 else grid.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    height, width = pattern.unit
+    grid = units.view(rows.count // height, rows.cols // width)
+    return grid if height * width == 1 else grid.repeat_interleave(height, 0).repeat_interleave(width, 1)
 
 
 def _keys(scores: Sequence[Tensor], pattern: Pattern, ranks: Ranks) -> list[Tensor]:
     """[units] int32 in [0, 2^31) that order as the scores do; integers are keys already."""
     if scores and not scores[0].is_floating_point():
         return list(scores)
-    if pattern.side > 1:
-        scores = _block_sums(scores, pattern.side, ranks)
+    if pattern.size_of_unit > 1:
+        scores = _block_sums(scores, pattern.unit, ranks)
     return [score.float().contiguous().view(torch.int32).flatten() & 0x7FFFFFFF for score in scores]
 
 
-def _block_sums(scores: Sequence[Tensor], side: int, ranks: Ranks) -> list[Tensor]:
-    """[rows, cols] scores >= 0 -> [rows / side, cols / side] sums, bit-equal however rows are spread or summed.
+def _block_sums(scores: Sequence[Tensor], unit: tuple[int, int], ranks: Ranks) -> list[Tensor]:
+    """[rows, cols] scores >= 0 -> [rows / height, cols / width] sums, bit-equal however rows are spread or summed.
 
     Scores are scaled by a power of two that fits the largest of the weight and added as 62-bit integers, which is associative.
     """
     peaks = torch.tensor([float(score.max()) if score.numel() else 0.0 for score in scores], dtype=torch.float64)
     peaks = ranks.max(peaks.nan_to_num(0.0, 0.0, 0.0))
-    exponents = 61 - 2 * (side.bit_length() - 1) - torch.frexp(peaks)[1]
+    height, width = unit
+    exponents = 61 - ((height * width).bit_length() - 1) - torch.frexp(peaks)[1]
     sums = []
     for score, exponent in zip(scores, exponents, strict=True):
         rows, cols = score.shape
         whole = torch.ldexp(score.double(), exponent.to(score.device)).round().long()
-        sums.append(whole.view(rows // side, side, cols // side, side).sum((1, 3)).float())
+        sums.append(whole.view(rows // height, height, cols // width, width).sum((1, 3)).float())
     return sums
 
 
@@ -193,8 +194,8 @@ def _room(nnz: int, shape: tuple[int, ...], rows: Rows, pattern: Pattern, device
     groups = pattern.num_groups((shape[0], shape[1]))
     if groups == 0:
         return None
-    here = rows.count * rows.cols // pattern.side**2 // pattern.group(rows.cols)
-    return torch.full((here,), nnz // pattern.side**2 // groups, device=device)
+    here = rows.count * rows.cols // pattern.size_of_unit // pattern.group(rows.cols)
+    return torch.full((here,), nnz // pattern.size_of_unit // groups, device=device)
 
 
 def _by_group(mask: Tensor, rows: Rows, pattern: Pattern) -> Tensor:

@@ -119,7 +119,7 @@ class SparsityPlan:
         else:
             nnz = {name: max(floor(share + Fraction(1, 2)), 1 if own[name] < 1 else 0) for name, share in exact.items()}
             nnz |= share_out(rest, total, config.distribution)
-        return cls(dict(shapes), {name: nnz[name] * pattern.side**2 for name in shapes})
+        return cls(dict(shapes), {name: nnz[name] * pattern.size_of_unit for name in shapes})
 
 
 def _in_groups(share: Fraction, pattern: Pattern, shape: Shape, level: Fraction | None) -> int:

@@ -35,7 +35,7 @@ def test_contract(kind, pattern):
             assert not (dropped & ~before[name]).any()
             assert not (grown & kept).any()
             assert torch.equal(masks[name], kept | grown)
-            n, area = int(before[name].sum()), pattern.side**2
+            n, area = int(before[name].sum()), pattern.size_of_unit
             drop = max(floor(F(str(update.drop_fraction)) * (n // area)) * area, n - int(masks[name].sum()))
             assert int(dropped.sum()) == drop
             changed += int((masks[name] & ~before[name]).sum())

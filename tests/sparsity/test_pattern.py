@@ -12,21 +12,22 @@ class Holder(Config):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "shape", "side", "units", "group", "groups"),
+    ("pattern", "shape", "unit", "units", "group", "groups"),
     [
-        (Unstructured(), (7, 5), 1, (7, 5), 0, 0),
-        (NM(), (7, 12), 1, (7, 12), 4, 21),
-        (NM(n=4, m=8), (3, 16), 1, (3, 16), 8, 6),
-        (NM(n=1, m=3), (2, 9), 1, (2, 9), 3, 6),
-        (Block(size=16), (48, 64), 16, (3, 4), 0, 0),
-        (Block(size=16, fan_in="constant"), (48, 64), 16, (3, 4), 4, 3),
-        (Block(size=128, fan_in="constant"), (256, 640), 128, (2, 5), 5, 2),
+        (Unstructured(), (7, 5), (1, 1), (7, 5), 0, 0),
+        (NM(), (7, 12), (1, 1), (7, 12), 4, 21),
+        (NM(n=4, m=8), (3, 16), (1, 1), (3, 16), 8, 6),
+        (NM(n=1, m=3), (2, 9), (1, 1), (2, 9), 3, 6),
+        (Block(size=16), (48, 64), (16, 16), (3, 4), 0, 0),
+        (Block(size=16, fan_in="constant"), (48, 64), (16, 16), (3, 4), 4, 3),
+        (Block(size="4x2", fan_in="constant"), (8, 10), (4, 2), (2, 5), 5, 2),
+        (Block(size=128, fan_in="constant"), (256, 640), (128, 128), (2, 5), 5, 2),
     ],
     ids=str,
 )
-def test_units_and_groups(pattern, shape, side, units, group, groups):
+def test_units_and_groups(pattern, shape, unit, units, group, groups):
     pattern.check_shape("w", shape, 1)
-    assert (pattern.side, pattern.units(shape), pattern.group(shape[1]), pattern.num_groups(shape)) == (side, units, group, groups)
+    assert (pattern.unit, pattern.units(shape), pattern.group(shape[1]), pattern.num_groups(shape)) == (unit, units, group, groups)
     assert Holder.check({"pattern": pattern.model_dump(mode="json")}).pattern == pattern
 
 
@@ -76,7 +77,7 @@ def test_shapes_that_fit(pattern, shape, shards):
         ({"type": "n:m", "n": 4}, "Expected n < m. Got 4:4, which leaves nothing out"),
         ({"type": "n:m", "n": 0}, "pattern.n: Input should be greater than or equal to 1 (got 0)"),
         ({"type": "n:m", "m": 128}, "pattern.m: Input should be less than or equal to 64 (got 128)"),
-        ({"type": "block", "size": 24}, "pattern.size: Input should be 16, 32, 64 or 128 (got 24)"),
+        ({"type": "block", "size": 24}, "pattern.size: Input should be '4x2', 4, 8, 16, 32, 64 or 128 (got 24)"),
         ({"type": "block", "fan_in": "equal"}, "pattern.fan_in: Input should be 'free' or 'constant' (got 'equal')"),
         ({"type": "2:4"}, "expected tags: 'unstructured', 'n:m', 'block'"),
     ],

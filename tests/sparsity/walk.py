@@ -15,7 +15,7 @@ from raysparse.sparsity.ranks import ALONE
 from raysparse.sparsity.topology import Rows
 
 RULES = {kind.model_fields["type"].default: kind for kind in get_args(get_args(AnyEvolution)[0])}
-BLOCKS = [Block(size=size, fan_in=fan_in) for size in (16, 32, 64, 128) for fan_in in ("free", "constant")]
+BLOCKS = [Block(size=size, fan_in=fan_in) for size in ("4x2", 4, 16, 32, 64, 128) for fan_in in ("free", "constant")]
 PATTERNS = [Unstructured(), NM(n=2, m=4), NM(n=4, m=8), NM(n=1, m=4), *BLOCKS]
 
 UP = {"type": "polynomial"}
@@ -30,10 +30,11 @@ def title(value):
 
 def shapes_of(pattern):
     """Rows of units that neither 2 nor 3 divides, and a layer with fewer of them than there are ranks; less of large blocks."""
-    side, cols = pattern.side, getattr(pattern, "m", pattern.side)
-    if side > 32:
-        return {"a": (side, 4 * side), "b": (2 * side, 3 * side)}
-    return {"a": (7 * side, 4 * cols), "b": (5 * side, 8 * cols), "c": (2 * side, 5 * cols)}
+    rows, cols = pattern.unit[0], getattr(pattern, "m", pattern.unit[1])
+    if rows > 32:
+        return {"a": (rows, 4 * cols), "b": (2 * rows, 3 * cols)}
+    wide = 4 * cols if rows == 4 else cols
+    return {"a": (7 * rows, 4 * wide), "b": (5 * rows, 8 * wide), "c": (2 * rows, 5 * wide)}
 
 
 def agenda_of(kind, pattern, shapes=None, steps=20, **rule):
@@ -64,7 +65,7 @@ class Walk:
         self.agenda, self.ranks, self.dtype, self.device = agenda, ranks, dtype, device
         self.rows = {}
         for name, (rows, cols) in agenda.shapes.items():  # equally many on all ranks but the last ones, as FSDP has it
-            side = agenda.sparsity.pattern.side
+            side = agenda.sparsity.pattern.unit[0]
             each = -(-rows // side // world_size) * side
             first = min(rank * each, rows)
             self.rows[name] = Rows(first, min(first + each, rows) - first, cols)
@@ -105,13 +106,14 @@ class Walk:
 
 def check_masks(masks, nnz, agenda):
     """Bool, as many as planned, and of the pattern's grain."""
-    pattern, side = agenda.sparsity.pattern, agenda.sparsity.pattern.side
+    pattern = agenda.sparsity.pattern
+    height, width = pattern.unit
     assert {name: int(mask.sum()) for name, mask in masks.items()} == nnz
     for name, mask in masks.items():
         assert (mask.dtype, tuple(mask.shape)) == (torch.bool, agenda.shapes[name])
         rows, cols = pattern.units(mask.shape)
-        units = mask.view(rows, side, cols, side).sum((1, 3))
-        assert set(units.unique().tolist()) <= {0, side**2}
+        units = mask.view(rows, height, cols, width).sum((1, 3))
+        assert set(units.unique().tolist()) <= {0, height * width}
         if groups := pattern.num_groups(mask.shape):
             size = rows * cols // groups
-            assert set((units.view(-1, size) > 0).sum(1).tolist()) == {nnz[name] // side**2 // groups}
+            assert set((units.view(-1, size) > 0).sum(1).tolist()) == {nnz[name] // pattern.size_of_unit // groups}
