@@ -165,7 +165,7 @@ def model_passes(ids: Tensor, sparsity: float, hybrid: bool, dtype: torch.dtype)
     model = build(ModelConfig(preset="gpt2-small", overrides={"n_layer": 1}), 0, 64, ids.shape[1])
     if hybrid:
         HybridAttention.install(model, "cpu").set(Fixed(width=128))
-    model = model.to(dtype)
+    torch.nn.Module.to(model, dtype)
     if sparsity:
         for name in select(model):
             module = model.get_submodule(name.removesuffix(".weight"))
@@ -197,7 +197,7 @@ def rivals(rounds: int, tokens: int = 512) -> list[Row]:
             "torch CSR (transposed activations given)": lambda _, csr=csr, turned=turned: csr @ turned,
         }
         try:
-            from scipy.sparse import csr_matrix
+            from scipy.sparse import csr_matrix  # pyrefly: ignore[missing-import]
         except ImportError:
             pass
         else:

@@ -94,6 +94,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def openmp() -> list[Path]:
+    """The OpenMP libraries in this process, torch's first: several only where another package brought its own."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = dict.fromkeys(Path(line.split(maxsplit=5)[5]) for line in maps if "/" in line)
+    found = [file for file in files if file.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    return sorted(found, key=lambda file: Path(torch.__file__).parent not in file.parents)
+
+
 def _best(baseline: ctypes.CDLL) -> str:
     baseline.rs_best_variant.restype = ctypes.c_char_p
     return baseline.rs_best_variant().decode()
@@ -108,12 +116,6 @@ def _open(name: str) -> ctypes.CDLL:
 
 def _share_openmp() -> None:
     """Make the OpenMP library that torch runs on visible to ours."""
-    names = ("libgomp", "libiomp5", "libomp")
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    files = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps if "/" in line)
-    found = [file for file in files if Path(file).name.startswith(names)]
-    # several only where another package brought its own: torch's lies beside torch
-    found.sort(key=lambda file: Path(torch.__file__).parent not in Path(file).parents)
-    if not found:
+    if not (found := openmp()):
         raise Missing("this torch runs without OpenMP, so the kernels would have no threads to share")
-    ctypes.CDLL(found[0], ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(found[0]), ctypes.RTLD_GLOBAL)

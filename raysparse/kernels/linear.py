@@ -42,13 +42,14 @@ class SparseLinear(nn.Linear):
     The caller promises that dead weights are zero. Their gradient is zero too, except where `dense_gradient` is set.
 
     Attributes:
+        number: of the layer, as the operator names it; a tensor, for torch.compile would compile equal blocks anew for another int.
         products: which products skip zeros.
         dense_gradient: form the gradient of all weights, for growing by it.
         held: weights change only where `release` is called, so their live values are read once between two calls of it and not in every
             forward and backward pass.
     """
 
-    number: int
+    number: Tensor
     held: bool
     dense_gradient: bool
     products: Products
@@ -111,7 +112,7 @@ class SparseLinear(nn.Linear):
 
 _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, SparseLinear] = weakref.WeakValueDictionary()
-"""By number, as the operator names them; no number is used twice."""
+"""By number; no number is used twice."""
 
 
 def adopt(linear: nn.Linear) -> SparseLinear:
@@ -126,13 +127,14 @@ def adopt(linear: nn.Linear) -> SparseLinear:
 
 
 def _register(layer: SparseLinear) -> None:
-    layer.number = next(_NUMBERS)
-    _LAYERS[layer.number] = layer
+    number = next(_NUMBERS)
+    layer.number = torch.tensor(number)
+    _LAYERS[number] = layer
 
 
 @torch.library.custom_op("raysparse::linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tensor:
-    """x: [..., in], weight: [out, in], bias: [out] -> [..., out]."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
+    """x: [..., in], weight: [out, in], bias: [out], number: the layer's -> [..., out]."""
     layer = _layer(weight, number)
     if not layer.skips(Use.FORWARD, x.dtype):
         return F.linear(x, weight, bias)
@@ -141,12 +143,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tens
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, number: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("raysparse::linear_backward", mutates_args=(), device_types="cpu")
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, number: int, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, number: Tensor, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the input [..., in] and of the weight [out, in]; empty tensors where not asked for."""
     layer = _layer(weight, number)
     rows_dy, rows_x = _rows(dy), _rows(x)
@@ -165,21 +167,21 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, number: int, of_inpu
 
 
 @_linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, number: int, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, number: Tensor, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape) if of_input else x.new_empty(0)
     return dx, (weight.new_empty(weight.shape) if of_weight else x.new_empty(0))
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.number = inputs
+    x, weight, bias, number = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, weight, number)
 
 
 def _differentiate(ctx, dy: Tensor):
-    x, weight = ctx.saved_tensors
+    x, weight, number = ctx.saved_tensors
     of_input, of_weight, of_bias, _ = ctx.needs_input_grad
-    dx, dw = torch.ops.raysparse.linear_backward(dy, x, weight, ctx.number, of_input, of_weight)
+    dx, dw = torch.ops.raysparse.linear_backward(dy, x, weight, number, of_input, of_weight)
     db = dy.sum_to_size(dy.shape[-1]) if ctx.has_bias and of_bias else None
     return (dx if of_input else None), (dw if of_weight else None), db, None
 
@@ -188,8 +190,8 @@ _linear.register_autograd(_differentiate, setup_context=_save)
 torch.library.register_autocast("raysparse::linear", "cpu", torch.bfloat16)
 
 
-def _layer(weight: Tensor, number: int) -> SparseLinear:
-    layer = _LAYERS[number]
+def _layer(weight: Tensor, number: Tensor) -> SparseLinear:
+    layer = _LAYERS[int(number)]
     assert weight.shape == (layer.out_features, layer.in_features), f"{tuple(weight.shape)}"
     return layer
 

@@ -143,7 +143,9 @@ class Kernels:
         if self._run.rank == 0 and new:
             for case, name in new.items():
                 self._gains[case] = choice.measure(bits[name], shapes[name][1], self._dtype, self._tokens)
-            self._file.write_text(json.dumps({case: asdict(gains) for case, gains in self._gains.items()}, indent=1) + "\n")
+            partial = self._file.with_suffix(".partial")  # a run that dies here leaves no half a file
+            partial.write_text(json.dumps({case: asdict(gains) for case, gains in self._gains.items()}, indent=1) + "\n")
+            partial.replace(self._file)
         box = [self._gains]
         dist.broadcast_object_list(box, src=0)
         self._gains = box[0]
