@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo test test-slow check format bench clean
+.PHONY: help setup quickstart mst-demo test test-slow fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(VENV)/installed-dev ## the test suite, without the slow tests
 
 test-slow: $(VENV)/installed-dev ## the slow tests: whole commands, kill and resume, torch.compile
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/installed-dev ## the native kernels under AddressSanitizer and UBSan, on drawn cases
+	$(BIN)/python -m tests.kernels.fuzz
 
 check: $(VENV)/installed-dev ## linter, formatter, type checker
 	$(BIN)/ruff check .

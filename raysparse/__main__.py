@@ -6,9 +6,12 @@ raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RA
 raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
+raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
+raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
+raysparse doctor                                                which kernels run on this machine, right and how fast
 """
 
 import argparse
@@ -31,8 +34,12 @@ HELP = {
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
     "evaluate": ("score a model on a task", "Every worker answers its share of the examples; predictions.jsonl keeps the answers."),
-    "export": ("turn a run's checkpoint into a Hugging Face folder", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
-               "AutoModelForCausalLM.from_pretrained loads the result."),
+    "export": ("turn a run's checkpoint into a Hugging Face folder, or a packed one", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
+               "AutoModelForCausalLM.from_pretrained loads the result. format=packed dtype=float32|bfloat16|int8 stores live weights "
+               "alone, for raysparse generate; then run=FOLDER may also be a model in Hugging Face format."),
+    "generate": ("go on from a prompt", "model=FOLDER prompt=TEXT, on the CPU. FOLDER is a run, a model in Hugging Face format or a packed "
+                 "one. Live weights alone are read (weights=packed), as float32, bfloat16 or int8, and with them the time of a token. "
+                 "Prints the text, tokens/s, the time of the prompt, and the bytes of weights that a token reads."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
@@ -51,12 +58,29 @@ examples:
 """Short and long help of `raysparse masks`."""
 
 
+DOCTOR_HELP = (
+    "show which kernels run on this machine, whether they are right, and how fast",
+    """Sparse layers on a CPU skip their zeros in native code, of which raysparse builds up to three kinds when it is installed: avx512
+(with bfloat16), avx2 and baseline. Tells which is in use and why no other is, what is installed, and the outcome of a
+self-test of a second: a sparse layer against its dense twin, and the measured gain.
+
+The exit status is 0 where native kernels run and are right, else 1; training works there too, but multiplies every zero.
+
+examples:
+  raysparse doctor
+  RAYSPARSE_NATIVE=avx2 raysparse doctor          another build; off: none
+  OMP_NUM_THREADS=1 raysparse doctor --json""",
+)
+"""Short and long help of `raysparse doctor`."""
+
+
 EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
     "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
     "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
     "export": "run=runs/tiny to=models/tiny",
+    "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
 }
 
@@ -67,12 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {' '.join(unknown)}; `raysparse {args.verb} --help` lists them")
-    args.words += rest  # overrides after an option
+    if rest and args.verb == "doctor":
+        parser.error(f"`raysparse doctor` takes no words, got {' '.join(rest)}")
+    args.words = [*getattr(args, "words", ()), *rest]  # overrides after an option
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         if args.verb == "masks":
             return _masks(args)
-        files = [word for word in args.words if "=" not in word or Path(word).is_file()]
+        if args.verb == "doctor":
+            return _doctor(args)
+        if args.verb == "generate":
+            args.words = [f"prompt={json.dumps(word[7:])}" if word.startswith("prompt=") else word for word in args.words]
+        elif getattr(args, "format", None):
+            args.words.append(f"format={args.format}")
+        files = [word for word in args.words if "=" not in word or (word[:7] != "prompt=" and Path(word).is_file())]
         overrides = [word for word in args.words if word not in files]
         if args.keys:
             print(_keys(_config_type(args.verb, files, overrides)))
@@ -107,7 +139,7 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
 
 
 def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
-    return {"plan": _plan, "export": _export, "compare": _compare}.get(verb, _train)
+    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _compare}.get(verb, _train)
 
 
 def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -134,6 +166,15 @@ def _export(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]
 
     facts = export.dry_run(config) if args.dry_run else export.export(config)
     return facts, "\n".join(f"{key:<12} {value}" for key, value in facts.items())
+
+
+def _generate(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import generate
+
+    if args.dry_run:
+        return generate.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    facts = generate.generate(config)
+    return facts, generate.show(facts)
 
 
 def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -168,6 +209,14 @@ def _masks(args: argparse.Namespace) -> int:
         facts, text = masks.count(*found), masks.show_count
     print(json.dumps(facts, indent=1) if args.json else text(facts))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from raysparse.recipes import doctor
+
+    facts = doctor.examine()
+    print(json.dumps(facts, indent=1) if args.json else doctor.show(facts))
+    return 0 if facts["well"] else 1
 
 
 def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
@@ -224,11 +273,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout; all else goes to stderr")
         sub.add_argument("--keys", action="store_true", help="explain every key of the config and stop")
         sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
-        if verb not in ("plan", "export"):
+        if verb == "export":
+            sub.add_argument("--format", choices=["huggingface", "packed"], help="the same as format=...")
+        if verb not in ("plan", "export", "generate"):
             sub.add_argument("--local", action="store_true", help="in this process, without Ray: breakpoint() works (torchrun implies it)")
     sub = verbs.add_parser("masks", help=MASKS_HELP[0], description=f"{MASKS_HELP[0]}.\n\n{MASKS_HELP[1]}", formatter_class=form)
     sub.add_argument("words", nargs="+", metavar="PATH", help="a run (folder, or name below runs/), checkpoint, exported model, masks file")
     sub.add_argument("--diff", action="store_true", help="compare two: how many weights live in A alone, in B alone, in both")
+    sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    sub = verbs.add_parser("doctor", help=DOCTOR_HELP[0], description=f"{DOCTOR_HELP[0]}.\n\n{DOCTOR_HELP[1]}", formatter_class=form)
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     return parser
 

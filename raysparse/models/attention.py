@@ -141,10 +141,12 @@ class HybridAttention:
 
 def _way(model: "PreTrainedModel", device: str) -> Way:
     dropout = {key: value for key in ("attn_pdrop", "attention_dropout") if (value := getattr(model.config, key, 0)) > 0}
+    if device != "cuda" and dropout:
+        return Way(dense_mask, _masked_kernel)
     if device != "cuda":
         if (reason := library.why_not()) is not None:
             logger.warning("Sparse attention runs in plain torch, which takes longer. There is no native library: %s", reason)
-        return Way(dense_mask, _masked_kernel) if dropout else Way(head_rules, _span_kernel)
+        return Way(head_rules, _span_kernel)
     for key, value in dropout.items():
         raise ConfigError(
             f"Expected no dropout of attention weights with sparse attention on CUDA. Got {key}={value}. "

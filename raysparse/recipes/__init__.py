@@ -3,7 +3,7 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, pretrain
+from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain
 from raysparse.recipes.job import Job
 
 MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
@@ -14,6 +14,7 @@ CONFIGS: dict[str, type[Config]] = {
     "finetune": finetune.FinetuneConfig,
     "evaluate": evaluate.EvaluateConfig,
     "export": export.ExportConfig,
+    "generate": generate.GenerateConfig,
     "compare": compare.CompareConfig,
 }
 """Verb -> its config."""

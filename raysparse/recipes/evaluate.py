@@ -4,13 +4,14 @@ import json
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from pydantic import Field
 
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import encode_prompts
+from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.environment import write_environment
 from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
@@ -45,6 +46,8 @@ class EvaluateConfig(Config):
     """Tokens of the longest prompt and answer together; longer prompts are cut."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    weights: Literal["dense", "packed"] = "dense"
+    """packed: live weights alone are read, on the CPU, in float32 or as model.path was packed (`raysparse export`)."""
     cache_dir: str = "~/.cache/raysparse"
     """Where the examples are kept for the workers; with several nodes, on storage they all share."""
 
@@ -55,7 +58,12 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError("Expected model.path for evaluation: a folder, a hub name or a finished run. Got a preset: random weights.")
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
-    architecture(ModelConfig(path=folder), len(tokenizer), config.context)
+    if packed.is_packed(folder) and config.weights == "dense":
+        raise ConfigError(f"Expected weights=packed for {folder}. Got weights=dense, and a packed model. Add weights=packed.")
+    if config.weights == "packed" and resolve_device(config.run) != "cpu":
+        raise ConfigError("Expected run.device=cpu with weights=packed. Got a GPU. Add run.device=cpu, or drop weights=packed.")
+    if not packed.is_packed(folder):
+        architecture(ModelConfig(path=folder), len(tokenizer), config.context)
     encode_prompts(
         examples_of(config.task)[config.evaluation.split][:1],
         tokenizer,
@@ -86,8 +94,9 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         write_environment(job.path, config.run)
     examples = load_examples(Path(job.prepared["examples"]))[config.evaluation.split]
     scores = score_model(
-        job.prepared["model"], job.path, config.task, examples, config.context, config.generation, config.evaluation, run, device
-    )
+        job.prepared["model"], job.path, config.task, examples, config.context, config.generation, config.evaluation, run, device,
+        config.weights,
+    )  # fmt: skip
     summary = header(job, config, run) | {"model": {"path": job.prepared["model"]}, "task": scores}
     summary |= {"seconds": time.perf_counter() - began}
     return finish(job, run, summary)
@@ -95,12 +104,17 @@ def work(job: Job, run: Run) -> dict[str, Any]:
 
 def score_model(
     model_folder: str | Path, out: Path, task: Any, examples: list[Example], context: int, generation: GenerationConfig,
-    evaluation: EvaluationConfig, run: Run, device: str,
+    evaluation: EvaluationConfig, run: Run, device: str, weights: Literal["dense", "packed"] = "dense",
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`."""
     examples = examples[: evaluation.max_examples]
     tokenizer = load_tokenizer(model_folder)
-    model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context)
+    if packed.is_packed(model_folder):
+        model = packed.load(model_folder)
+    else:
+        model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context)
+        if weights == "packed":
+            model = packed.pack(model, "float32")
     model.to(device)  # pyrefly: ignore
     model.config.use_cache = True
     mine = list(range(run.rank, len(examples), run.world_size))

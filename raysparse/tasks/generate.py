@@ -1,6 +1,8 @@
 """Answers of a model to prompts, in batches of similar length."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig as Settings
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -44,12 +47,7 @@ def generate(
     from tqdm import tqdm
     from transformers import GenerationConfig as Settings
 
-    longest = max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens
-    room = getattr(model.config, "max_position_embeddings", longest)
-    if longest > room:
-        raise ConfigError(
-            f"Expected prompts and answers within the model's {room} positions. Got {longest}. Lower max_new_tokens or cut the prompts."
-        )
+    _check_room(model, max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = Settings(
         max_new_tokens=config.max_new_tokens,
@@ -76,6 +74,54 @@ def generate(
             bar.update(len(rows))
     model.train(was_training)
     return answers
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of a prompt.
+
+    Attributes:
+        ids: the new tokens.
+        prefill_s: until the first of them.
+        decode_s: for all others together.
+    """
+
+    ids: list[int]
+    prefill_s: float
+    decode_s: float
+
+
+@torch.no_grad()
+def complete(model: "PreTrainedModel", prompt: Sequence[int], settings: "Settings") -> Completion:
+    """Go on from one prompt of token ids, and time it."""
+    _check_room(model, len(prompt) + cast(int, settings.max_new_tokens))
+    clock = _Clock()
+    ids = torch.tensor([list(prompt)])
+    began = time.perf_counter()
+    output = cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+    first, last = clock.times[1], clock.times[-1]  # generate shows the prompt before it begins
+    return Completion(output[0, len(prompt) :].tolist(), first - began, last - first)
+
+
+class _Clock:
+    """Notes when ``generate`` has a token, in the place of what would print it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _check_room(model: "PreTrainedModel", longest: int) -> None:
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        raise ConfigError(
+            f"Expected prompts and answers within the model's {room} positions. Got {longest}. Lower max_new_tokens or cut the prompts."
+        )
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

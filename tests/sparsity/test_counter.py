@@ -7,9 +7,18 @@ import sys
 import pytest
 import torch
 
+from raysparse.kernels import library
 from raysparse.sparsity import counter
 
 WORD = 1 << 64
+needs_native = pytest.mark.skipif(not library.available(), reason="needs the native library")
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "torch"])
+def way(request, monkeypatch):
+    """Both ways to make the numbers, which must not differ in a bit."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "available", lambda: False)
 
 
 def splitmix64(state: int) -> int:
@@ -33,7 +42,7 @@ def test_the_reference_is_splitmix64():
 
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
 @pytest.mark.parametrize("index", [0, 1, 2, 12345, 2**31, 2**40 + 7, 2**62])
-def test_mix(key, index):
+def test_mix(way, key, index):
     assert counter.mix(torch.tensor([index]), key).tolist() == [signed(splitmix64((index + key) % WORD))]
 
 
@@ -47,7 +56,7 @@ def test_mix(key, index):
         (42, 999, [1932799039, 56036906, 1694754869, 835313794]),
     ],
 )
-def test_known_keys(key, first, keys):
+def test_known_keys(way, key, first, keys):
     found = counter.random_keys(first, 4, key)
     assert found.dtype == torch.int32
     assert found.tolist() == keys == [splitmix64((first + i + key) % WORD) >> 33 for i in range(4)]
@@ -56,12 +65,13 @@ def test_known_keys(key, first, keys):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 8, 100])
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 13, 14, 15])
 def test_chunks_change_nothing(monkeypatch, chunk, count):
+    monkeypatch.setattr(library, "available", lambda: False)  # native code has no chunks
     whole = counter.random_keys(5, count, 99)
     monkeypatch.setattr(counter, "CHUNK", chunk)
     assert torch.equal(counter.random_keys(5, count, 99), whole)
 
 
-def test_chunk_borders_of_the_real_size():
+def test_chunk_borders_of_the_real_size(way):
     n = counter.CHUNK
     keys = counter.random_keys(0, 2 * n + 1, 3)
     for at in (0, n - 1, n, n + 1, 2 * n - 1, 2 * n):
@@ -69,12 +79,12 @@ def test_chunk_borders_of_the_real_size():
 
 
 @pytest.mark.parametrize("split", [0, 1, 10, 63, 64])
-def test_any_part_can_be_drawn_alone(split):
+def test_any_part_can_be_drawn_alone(way, split):
     whole = counter.random_keys(0, 64, 7)
     assert torch.equal(torch.cat([counter.random_keys(0, split, 7), counter.random_keys(split, 64 - split, 7)]), whole)
 
 
-def test_keys_are_uniform_int32():
+def test_keys_are_uniform_int32(way):
     n = 1 << 20
     keys = counter.random_keys(0, n, counter.key(0, "mask", "h.0.attn.c_attn.weight"))
     assert keys.min() >= 0
@@ -92,7 +102,7 @@ def test_keys_are_uniform_int32():
     assert abs(n - keys.unique().numel() - 256) < 6 * 16
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_left_alone(way):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     counter.random_keys(0, 10, counter.key("a"))

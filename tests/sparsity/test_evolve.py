@@ -6,6 +6,7 @@ from math import floor
 import pytest
 import torch
 
+from raysparse.kernels import library
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, propose
 from raysparse.sparsity.pattern import NM, Block, Unstructured
@@ -177,6 +178,16 @@ def test_the_same_digests_on_gloo_ranks():
     assert all(len(set(found)) > 5 for found in alone)
     for size in (2, 3):
         assert spawn(walk_here, size, kinds, patterns) == [alone] * size
+
+
+@pytest.mark.skipif(not library.available(), reason="needs the native library")
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("pattern", SPREAD, ids=title)
+def test_the_same_digests_without_the_native_library(monkeypatch, kind, pattern):
+    agenda = agenda_of(kind, pattern)
+    native = digests(Walk(agenda))
+    monkeypatch.setattr(library, "available", lambda: False)
+    assert digests(Walk(agenda)) == native
 
 
 @pytest.mark.gpu

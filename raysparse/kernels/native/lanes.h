@@ -76,6 +76,10 @@ template <> struct Lanes<uint8_t> {
   static INLINE Vector expand(__m512i dead, uint64_t bits, const uint8_t* p) {
     return _mm512_mask_expand_epi8(dead, bits, _mm512_loadu_si512(p));
   }
+  // At most 32 of them: a load of 64 bytes mostly meets two cache lines, and that takes longer than expanding.
+  static INLINE Vector expand_few(__m512i dead, uint64_t bits, const uint8_t* p) {
+    return _mm512_mask_expand_epi8(dead, bits, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
+  }
   static INLINE Sum add(Sum s, Vector w, const int8_t* x) { return _mm512_dpbusd_epi32(s, w, _mm512_loadu_si512(x)); }
 };
 #else

@@ -51,7 +51,7 @@ bool has_grain(const Bits& bits, int grain) {
   if (bits.rows % grain) return false;
   for (int64_t r = 0; r < bits.rows; r += grain)
     for (int i = 1; i < grain; i++)
-      if (memcmp(bits.row(r), bits.row(r + i), (size_t)bits.words * 8)) return false;
+      if (bits.words && memcmp(bits.row(r), bits.row(r + i), (size_t)bits.words * 8)) return false;
   return true;
 }
 
