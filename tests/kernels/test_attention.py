@@ -1,7 +1,6 @@
 """Attention to spans of keys against masked attention in float64, and which way of computing it runs."""
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +18,6 @@ WAYS = [pytest.param("native", marks=needs_native), "torch"]
 BLOCKED = [Local(width=48), Strided(stride=9), LocalOrStrided(width=20, stride=16), Fixed(width=32)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Of the largest number: some units of the last place, and in half precision the rounding of the output that gradients are made from."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
