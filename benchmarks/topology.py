@@ -1,6 +1,7 @@
-"""What an update of the topology costs: one layer, its share of training, by ranks and model sizes, and the manager's part.
+"""What an update of the topology costs: one layer, its share of training, by ranks and model sizes, and the manager's part; and the
+passes over all weights of GPT-2 Small that selections and AdamW make.
 
-    python -m benchmarks.topology --out benchmarks/results        under 6 minutes on 2 cores
+    python -m benchmarks.topology --out benchmarks/results        under 8 minutes on 2 cores
     python -m benchmarks.topology --quick                         toy sizes, seconds; its numbers mean nothing
 
 One thread a rank. Ratios are of CPU times of contestants that take turns in one process; the manager is in wall time, for it waits
@@ -20,6 +21,7 @@ import torch
 
 from benchmarks.manager import measure
 from benchmarks.measure import table, write
+from benchmarks.passes import optimizers, selections
 from benchmarks.step import Size
 from benchmarks.updates import DROP, SPARSITY, on_ranks, one_layer, share
 from raysparse.train.process import process_group
@@ -38,13 +40,15 @@ class Scope:
         layer: [rows, cols] of the single layer.
         steps: models whose training steps are compared with an update.
         models: those that are updated on each number of `ranks`, the smallest first, the largest last.
-        rounds, updates, calls: of the single layer and the steps, of each model on ranks, of the manager.
+        passes: layers and width of the model whose weights are all gone through.
+        rounds, updates, calls: of the single layer, the steps and the passes, of each model on ranks, of the manager.
     """
 
     layer: tuple[int, int]
     steps: tuple[Size, ...]
     models: Mapping[str, Size]
     ranks: tuple[int, ...]
+    passes: tuple[int, int]
     rounds: int
     updates: int
     calls: int
@@ -55,11 +59,12 @@ FULL = Scope(
     steps=(Size(2, 768, 512, 512), Size(2, 768, 50257, 512)),
     models={"debug": Size(2, 64, 512, 64), "tiny": Size(4, 128, 512, 64), "gpt2-small": Size(12, 768, 512, 64)},
     ranks=(1, 2, 4),
+    passes=(12, 768),
     rounds=11,
     updates=3,
     calls=100,
 )
-QUICK = Scope((64, 96), (Size(1, 64, 50, 8),), {"one": Size(1, 64, 50, 8), "two": Size(2, 128, 50, 8)}, (1, 2), 3, 2, 5)
+QUICK = Scope((64, 96), (Size(1, 64, 50, 8),), {"one": Size(1, 64, 50, 8), "two": Size(2, 128, 50, 8)}, (1, 2), (1, 64), 3, 2, 5)
 
 
 def estimate(on_ranks: Sequence[Mapping[str, Any]], managed: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def missed(row: Mapping[str, Any]) -> bool:
 
 def bounded(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """All rows that may have a bound."""
-    return [*facts["layer"]["ratios"], *(row for one in facts["steps"] for row in one["ratios"]), *facts["manager"]["calls"]]
+    measured = [facts["layer"], *facts["steps"], facts["selections"], facts["optimizers"]]
+    return [*(row for one in measured for row in one["ratios"]), *facts["manager"]["calls"]]
 
 
 def report_layer(facts: Mapping[str, Any]) -> str:
@@ -119,6 +125,16 @@ def report_steps(facts: Sequence[Mapping[str, Any]]) -> str:
         + _ratios("percent", [row for one in facts for row in one["ratios"]])
         + "\n"
         + _seconds("CPU seconds", times)
+    )
+
+
+def report_passes(selections: Mapping[str, Any], optimizers: Mapping[str, Any]) -> str:
+    return (
+        f"## All weights\n\n{selections['weights']:,} weights in {selections['layers']} layers. Selections as the engine makes them over\n"
+        "torch.topk of as many; the largest magnitudes are checked. torch.topk gets magnitudes that are there, and writes no mask.\n\n"
+        + _ratios("ratio of CPU times", [*selections["ratios"], *optimizers["ratios"]])
+        + "\n"
+        + _seconds("CPU seconds", {**selections["cpu_seconds"], **{f"AdamW: {name}": t for name, t in optimizers["cpu_seconds"].items()}})
     )
 
 
@@ -189,12 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_group("cpu"):
             facts["layer"] = one_layer(folder, scope.layer, scope.rounds)
             facts["steps"] = [share(folder / str(i), size, scope.rounds) for i, size in enumerate(scope.steps)]
+        facts["selections"], facts["optimizers"] = selections(*scope.passes, scope.rounds), optimizers(*scope.passes, scope.rounds)
         facts["ranks"] = [row for num_ranks in scope.ranks for row in on_ranks(num_ranks, scope.models, scope.updates)]
         facts["manager"] = measure(folder, scope.calls, FAR_RANKS)
     facts["estimate"] = estimate(facts["ranks"], facts["manager"])
     tables = [
         report_layer(facts["layer"]),
         report_steps(facts["steps"]),
+        report_passes(facts["selections"], facts["optimizers"]),
         report_ranks(facts["ranks"], facts["estimate"]["checks"]),
         report_estimate(facts["estimate"]),
         report_manager(facts["manager"]),

@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 
-from benchmarks import manager, masks, startup, step, topology, updates
+from benchmarks import manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
+from raysparse.kernels import library
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Rows, Topology
 from raysparse.train.process import process_group
 from tests.ranks import spawn
+
+needs_native = pytest.mark.skipif(not library.available(), reason="needs the native library")
 
 
 def test_ratio_is_over_pairs_with_an_interval_of_order_statistics():
@@ -112,11 +115,41 @@ def test_an_update_is_timed_beside_plain_selections_and_beside_training_steps(tm
     assert share["sparse_weights"] == 12 * 64 * 64
     (row,) = share["ratios"]
     assert row["ratio"] == Ratio.of(share["cpu_seconds"]["update"], share["cpu_seconds"]["step"])
-    facts = {"layer": layer, "steps": [share], "manager": {"calls": [{"seconds": [0.1, 0.3, 0.2], "at_most": 0.15}]}}
+    none: dict = {"ratios": []}
+    calls = [{"seconds": [0.1, 0.3, 0.2], "at_most": 0.15}]
+    facts = {"layer": layer, "steps": [share], "selections": none, "optimizers": none, "manager": {"calls": calls}}
     missed = [topology.missed(row) for row in topology.bounded(facts)]
     assert missed == [layer["ratios"][0]["ratio"].median > 2, False, False, False, row["ratio"].median > 1.5, True]
     assert topology.report_layer(layer).count("MISSED") == missed[0]
     assert topology.report_steps([share]).count("MISSED") == missed[4]
+
+
+@needs_native
+def test_passes_over_all_weights_are_timed_beside_torchs():
+    chosen, stepped = passes.selections(1, 64, rounds=3), passes.optimizers(1, 64, rounds=3)
+    assert chosen["weights"] == stepped["weights"] == 12 * 64 * 64
+    assert [(row["contestant"], row["over"], row["at_most"]) for row in [*chosen["ratios"], *stepped["ratios"]]] == [
+        ("magnitudes", "topk, 25 %", 0.2),
+        ("random", "topk, 25 %", 0.2),
+        ("SET", "topk, kept and grown", 0.2),
+        ("RigL", "topk, kept and grown", 0.2),
+        ("native", "torch, fused", None),
+        ("native, masked", "torch, fused", 1.1),
+        ("native, live weights alone", "torch, fused", 1.0),
+    ]
+    times = chosen["cpu_seconds"] | stepped["cpu_seconds"]
+    for row in [*chosen["ratios"], *stepped["ratios"]]:
+        assert row["ratio"] == Ratio.of(times[row["contestant"]], times[row["over"]])
+    missed = [row for row in [*chosen["ratios"], *stepped["ratios"]] if topology.missed(row)]
+    assert topology.report_passes(chosen, stepped).count("MISSED") == len(missed)
+
+
+def test_magnitudes_that_are_not_the_largest_are_noticed():
+    values = {"weight": torch.tensor([[1.0, -4.0, 2.0, 3.0]])}
+    passes._check({"weight": values["weight"] == -4}, values)
+    for other in ([[0, 0, 0, 1]], [[0, 1, 0, 1]]):
+        with pytest.raises(AssertionError, match="weight"):
+            passes._check({"weight": torch.tensor(other, dtype=torch.bool)}, values)
 
 
 def test_updates_on_ranks_count_every_collective(tmp_path):
@@ -125,8 +158,8 @@ def test_updates_on_ranks_count_every_collective(tmp_path):
     assert (alone["most_weights_on_a_rank"], both["most_weights_on_a_rank"]) == (49_152, 24_576)
     assert {len(row[key]) for row in (alone, both) for key in ("cpu_seconds", "wall_seconds")} == {2}
     assert alone["sent_bytes"]["selection"] == []
-    # 8 bytes for each of 4 layers: is the gradient finite; then twice a histogram of 11, 10 and 10 bits with its end, and the ties
-    assert both["sent_bytes"]["selection"] == [32 * size for size in (1, *2 * (2049, 1025, 1025, 1))]
+    # 8 bytes for each of 4 layers: is the gradient finite; then twice a histogram of 11, 10 and 10 bits, and the ties
+    assert both["sent_bytes"]["selection"] == [32 * size for size in (1, *2 * (2048, 1024, 1024, 1))]
     assert len(both["sent_bytes"]["control"]) == 6  # decision, votes and verdict, each after its length
 
 
@@ -164,6 +197,7 @@ def test_the_manager_is_timed_in_an_actor(ray_instance, tmp_path):
     assert ray_instance.is_initialized()
 
 
+@needs_native
 @pytest.mark.slow
 def test_topology_as_a_command(tmp_path, capsys):
     threads = torch.get_num_threads()

@@ -33,13 +33,16 @@ def count_digits(keys: Tensor, eligible: Tensor | None, shift: int, bits: int) -
     return counts
 
 
-def choose(keys: Tensor, eligible: Tensor, shift: int, low: int, high: int, room: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def choose(
+    keys: Tensor, eligible: Tensor, shift: int, low: int, high: int, room: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """Chooses the eligible keys with ``key >> shift > high`` and lists those in [low, high].
 
     Args:
         keys: [n] int32.
         eligible: [n] bool.
         room: how many are likely to be listed; one too many costs a second pass.
+        mask: [n] bool, overwritten and returned; None: a new one.
 
     Returns:
         [n] bool; [listed] int64 indices, rising, and [listed] int32 keys; how many were chosen.
@@ -47,7 +50,9 @@ def choose(keys: Tensor, eligible: Tensor, shift: int, low: int, high: int, room
     _check(keys, eligible)
     assert 0 <= shift < 31, shift
     assert 0 <= low <= high <= 1 << 31, (low, high)
-    mask, chosen = torch.empty_like(eligible), torch.empty(1, dtype=torch.int64)
+    mask = torch.empty_like(eligible) if mask is None else mask
+    _check(keys, mask)
+    chosen = torch.empty(1, dtype=torch.int64)
     run = function("rs_choose", _long, *[_pointer] * 2, _long, _int, _digit, _digit, *[_pointer] * 4, _long, _int)
     index, listed = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int32)
     where = pointer(keys), pointer(eligible), keys.numel(), shift, low, high, pointer(mask), pointer(chosen)

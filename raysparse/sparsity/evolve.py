@@ -10,7 +10,7 @@ value and its moments; any other grown weight starts at 0. Where the pattern has
 n' / groups: the best units within that limit are chosen (a partition matroid, on which choosing greedily is optimal).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, prod
 
@@ -26,6 +26,9 @@ from raysparse.sparsity.ranks import Ranks
 from raysparse.sparsity.select import Keys, top_masks
 from raysparse.sparsity.topology import Rows, Topology
 from raysparse.sparsity.view import WeightView
+
+PIECE = 1 << 20
+"""Weights that are scored at a time on CPUs: their scores stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def first_topology(agenda: Agenda, rows: Mapping[str, Rows], values: Mapping[str
     everything = [torch.ones(view.count, dtype=torch.bool, device=view.value.device) for view in views]
     counts = [nnz[name] // pattern.size_of_unit for name in rows]
     room = [_room(nnz[name], agenda.shapes[name], rows[name], pattern, view.value.device) for name, view in zip(rows, views, strict=True)]
-    keys = _keys(lambda i: rule.first_score(views[i]), len(views), pattern, ranks)
+    keys = _keys(rule.first_score, views, pattern, ranks)
     among = [prod(pattern.units(agenda.shapes[name])) for name in rows] if rule.draws_first else None
     chosen = _choose(keys, everything, counts, room, ranks, among)
     masks = {name: _weights(mask, rows[name], pattern) for name, mask in zip(rows, chosen, strict=True)}
@@ -102,7 +105,7 @@ def propose(
         _room(update.nnz[name], topology.shapes[name], rows, pattern, mask.device)
         for name, rows, mask in zip(names, here, before, strict=True)
     ]
-    keys = _keys(lambda i: rule.keep_score(views[i]), len(views), pattern, ranks)
+    keys = _keys(rule.keep_score, views, pattern, ranks)
     kept = _choose(keys, before, list(keep.values()), room, ranks)
     taken, left, dead = kept, list(grow.values()), [prod(pattern.units(topology.shapes[name])) - keep[name] for name in names]
     parts = rule.grow_scores(views[0]) if any(left) else []  # their shares and kinds are the same for all weights
@@ -110,7 +113,7 @@ def propose(
         last = part == len(parts) - 1
         counts = [count if last else floor(decimal(share) * grow[name]) for count, name in zip(left, names, strict=True)]
         free = [None if r is None else r - _by_group(mask, rows, pattern) for r, mask, rows in zip(room, taken, here, strict=True)]
-        keys = _keys(lambda i, part=part: rule.grow_scores(views[i])[part][1], len(views), pattern, ranks)
+        keys = _keys(lambda view, part=part: rule.grow_scores(view)[part][1], views, pattern, ranks)
         chosen = _choose(keys, [~mask for mask in taken], counts, free, ranks, None if score.is_floating_point() else dead)
         taken = [old | new for old, new in zip(taken, chosen, strict=True)]
         left, dead = ([a - b for a, b in zip(many, counts, strict=True)] for many in (left, dead))
@@ -161,17 +164,26 @@ def _weights(units: Tensor, rows: Rows, pattern: Pattern) -> Tensor:
     return grid if height * width == 1 else grid.repeat_interleave(height, 0).repeat_interleave(width, 1)
 
 
-def _keys(score: Callable[[int], Tensor], count: int, pattern: Pattern, ranks: Ranks) -> Keys:
-    """Gives for layer i < `count` [units] int32 whose lower 31 bits order as the scores do; integers are keys already.
+def _keys(score: Callable[[WeightView], Tensor], views: Sequence[WeightView], pattern: Pattern, ranks: Ranks) -> Keys:
+    """Gives for each layer [units] int32 whose lower 31 bits order as the scores do; integers are keys already.
 
-    Scores of single weights are made whenever they are asked for: that is cheaper than to keep those of all layers.
+    Scores of single weights are made some rows at a time and whenever they are asked for: in the cache, that is cheaper than to keep them.
     """
     if pattern.size_of_unit == 1:
-        return lambda i: _bits(score(i))
-    scores = [score(i) for i in range(count)]
+        return lambda i: (_bits(score(view)) for view in _pieces(views[i]))
+    scores = [score(view) for view in views]
     if scores and scores[0].is_floating_point():
         scores = _block_sums(scores, pattern.unit, ranks)
-    return lambda i: _bits(scores[i])
+    return lambda i: [_bits(scores[i])]
+
+
+def _pieces(view: WeightView) -> Iterator[WeightView]:
+    """Consecutive rows; on a GPU all of them at once."""
+    rows, cols = view.value.shape
+    each = max(1, rows if view.value.device.type == "cuda" else PIECE // max(1, cols))
+    for start in range(0, max(1, rows), each):
+        value, grad = view.value[start : start + each], view.grad[start : start + each]
+        yield WeightView(value, grad, view.first + start * cols, value.numel(), view.key)
 
 
 def _bits(score: Tensor) -> Tensor:
@@ -223,7 +235,8 @@ def _choose(
         among: how many are eligible over all ranks, where keys are random.
     """
     allowed = [
-        mask if limit is None else _best_in_group(keys(i), mask, limit) for i, (mask, limit) in enumerate(zip(eligible, room, strict=True))
+        mask if limit is None else _best_in_group(torch.cat([*keys(i)]), mask, limit)
+        for i, (mask, limit) in enumerate(zip(eligible, room, strict=True))
     ]
     grouped = any(limit is not None for limit in room)
     return top_masks(keys, allowed, counts, ranks, None if grouped else among)

@@ -3,15 +3,16 @@
 Three histograms (11 + 10 + 10 bits, most significant first), one small sum over ranks each for all tensors together, find the
 k-th largest key exactly; ties go to the lowest global index. No weight leaves its rank, and the result does not depend on how many
 there are. Only the first histogram reads all keys: then those with a larger first digit are chosen, those with the same one are listed,
-and the list is all that the other two look at. Keys are made anew for each pass and not kept.
+and the list is all that the other two look at. Keys are made anew for each pass, a piece at a time, and not kept: they never leave the
+cache.
 
 Where keys are random numbers, the first digit of the k-th largest is as good as known, and the first histogram counts the list alone.
 
 On CPUs the passes over all keys are native where the library is there, with the same result.
 """
 
-from collections.abc import Callable, Sequence
-from math import ceil, floor, sqrt
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import floor, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ NONE = 1 << BITS[0]
 LUCK = 20
 """A guess is wrong with a probability of about e^-20, which costs another pass."""
 
-Keys = Callable[[int], Tensor]
-"""Makes the keys of tensor i: [n] int32, of which the lower 31 bits count."""
+Keys = Callable[[int], Iterable[Tensor]]
+"""Makes the keys of tensor i, in pieces one after the other: [n] int32, of which the lower 31 bits count."""
 Listed = tuple[Tensor, Tensor]
 """[m] int64 indices, rising, and [m] int32 keys of the elements of a tensor between which the digits so far do not decide."""
 Start = tuple[list[Tensor], list[Listed], Tensor]
@@ -73,13 +74,12 @@ def top_masks(
 
 def _by_count(keys: Keys, eligible: Sequence[Tensor], left: Tensor, ranks: Ranks) -> Start:
     """By the first digit of all keys."""
-    histograms = [_count_digits(keys(i), mask, FIRST, BITS[0]) for i, mask in enumerate(eligible)]
+    histograms = [_count_first_digits(keys(i), mask) for i, mask in enumerate(eligible)]
     above = _suffix_sums(histograms, ranks)
     for i, (wanted, there) in enumerate(zip(left.tolist(), above[:, 0].tolist(), strict=True)):
         assert 0 <= wanted <= there, f"{wanted} of {there} elements of tensor {i}"
     digits, rest = _last_digits(above, left)
-    rooms = [int(histogram[digit]) if digit < NONE else 0 for histogram, digit in zip(histograms, digits, strict=True)]
-    found = [_choose(keys(i), mask, digits[i], digits[i], rooms[i]) for i, mask in enumerate(eligible)]
+    found = [_choose(keys(i), mask, digits[i], digits[i]) for i, mask in enumerate(eligible)]
     return [mask for mask, _, _ in found], [listed for _, listed, _ in found], rest
 
 
@@ -88,8 +88,7 @@ def _by_guess(keys: Keys, eligible: Sequence[Tensor], counts: Sequence[int], amo
     guesses = [guess(*each) for each in zip(counts, among, strict=True)]
     found, histograms = [], []
     for i, (low, high) in enumerate(guesses):
-        likely = (high + 1 - low) / NONE * eligible[i].numel()
-        mask, (index, listed), num_above = _choose(keys(i), eligible[i], low, high, ceil(likely + sqrt(2 * LUCK * likely) + LUCK))
+        mask, (index, listed), num_above = _choose(keys(i), eligible[i], low, high)
         histogram = _count_digits(listed, None, FIRST, BITS[0])
         if high + 1 < NONE:
             histogram[high + 1] = num_above  # above the guess: where, does not matter
@@ -128,6 +127,22 @@ def _is_native(keys: Tensor) -> bool:
     return keys.device.type == "cpu" and library.available()
 
 
+def _pieces(keys: Iterable[Tensor], eligible: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Pieces of keys, and where they are."""
+    start = 0
+    for piece in keys:
+        yield piece, slice(start, start + len(piece))
+        start += len(piece)
+    assert start == len(eligible), f"{start} keys, {len(eligible)} elements"
+
+
+def _count_first_digits(keys: Iterable[Tensor], eligible: Tensor) -> Tensor:
+    total = torch.zeros(NONE, dtype=torch.int64)
+    for piece, where in _pieces(keys, eligible):
+        total += _count_digits(piece, eligible[where], FIRST, BITS[0])
+    return total
+
+
 def _count_digits(keys: Tensor, eligible: Tensor | None, shift: int, bits: int) -> Tensor:
     """[2^bits] int64 on the CPU: eligible keys by their digit, the `bits` above `shift`."""
     if _is_native(keys):
@@ -138,19 +153,22 @@ def _count_digits(keys: Tensor, eligible: Tensor | None, shift: int, bits: int) 
     return torch.bincount(digits, minlength=(1 << bits) + 1)[1:].cpu()
 
 
-def _choose(keys: Tensor, eligible: Tensor, low: int, high: int, room: int) -> tuple[Tensor, Listed, int]:
-    """True at eligible keys with a first digit above `high`; those from `low` to `high`; how many are above.
-
-    Args:
-        room: how many are likely to be listed.
-    """
-    if _is_native(keys):
-        mask, index, listed, num_above = native.choose(keys, eligible, FIRST, low, high, room)
-        return mask, (index, listed), num_above
-    digits = _digits(keys, FIRST, BITS[0])
-    mask = eligible & (digits > high)
-    index = (eligible & (digits >= low) & (digits <= high)).nonzero().flatten()
-    return mask, (index, keys[index]), int(mask.sum())
+def _choose(keys: Iterable[Tensor], eligible: Tensor, low: int, high: int) -> tuple[Tensor, Listed, int]:
+    """True at eligible keys with a first digit above `high`; those from `low` to `high`; how many are above."""
+    mask, num_above = torch.empty_like(eligible), 0
+    indices, lists = [torch.empty(0, dtype=torch.int64, device=mask.device)], [torch.empty(0, dtype=torch.int32, device=mask.device)]
+    for piece, where in _pieces(keys, eligible):
+        if _is_native(piece):
+            _, index, listed, above = native.choose(piece, eligible[where], FIRST, low, high, len(piece) // 8, mask[where])
+        else:
+            digits, here = _digits(piece, FIRST, BITS[0]), eligible[where]
+            torch.logical_and(here, digits > high, out=mask[where])
+            index = (here & (digits >= low) & (digits <= high)).nonzero().flatten()
+            listed, above = piece[index], int(mask[where].sum())
+        indices.append(index.add_(where.start))
+        lists.append(listed)
+        num_above += above
+    return mask, (torch.cat(indices), torch.cat(lists)), num_above
 
 
 def _refine(mask: Tensor, index: Tensor, listed: Tensor, shift: int, bits: int, digit: int) -> Listed:

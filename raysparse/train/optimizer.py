@@ -1,15 +1,18 @@
 """AdamW, its learning-rate schedule, and the order of one masked step."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from raysparse.config import Config
+from raysparse.config import Config, ConfigError
+from raysparse.kernels import adamw
 from raysparse.length import Length
+from raysparse.sparsity.topology import pack
 from raysparse.train.shard import Sharded
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -27,9 +30,10 @@ class OptimizerConfig(Config):
     """Decoupled decay of matrices and embeddings; a dead weight is 0 and stays 0."""
     clip_norm: float = Field(1.0, gt=0)
     """Limit of the global gradient norm, counted over live gradients only."""
-    implementation: Literal["auto", "fused", "foreach"] = "auto"
-    """fused: torch's one-pass kernel; on CPUs its last bit depends on where a shard begins. foreach: element by element,
-    bit-equal however the weights are sharded, several times slower on CPUs. auto: foreach with run.parity, else fused."""
+    implementation: Literal["auto", "native", "fused", "foreach"] = "auto"
+    """native: raysparse's one-pass kernel for CPUs, element by element: bit-equal however the weights are sharded. fused: torch's
+    one-pass kernel; on CPUs its last bit depends on where a shard begins. foreach: torch's, element by element, several times slower
+    on CPUs. auto: native where it runs, else foreach with run.parity, else fused."""
 
 
 class ScheduleConfig(Config):
@@ -54,19 +58,26 @@ class ScheduleConfig(Config):
 
 
 def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool) -> Optimizer:
-    """AdamW over this rank's rows, with its state made at once so that a checkpoint can be loaded into it."""
-    fused = config.implementation == "fused" or (config.implementation == "auto" and not parity)
-    common = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused, "foreach": not fused}
+    """AdamW over this rank's rows, with its state made at once so that a checkpoint can be loaded into it.
+
+    Raises:
+        ConfigError: the native one is asked for and does not run here.
+    """
     parts = sharded.parts.values()
+    implementation = _implementation(config, parity, [part.local for part in parts])
+    common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if implementation != "native":
+        common |= {"fused": implementation == "fused", "foreach": implementation == "foreach"}
     decayed = [part.local for part in parts if len(part.shape) > 1]
     plain = [part.local for part in parts if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = sharded.make_optimizer([group | common for group in groups if group["params"]], AdamW)
+    kind = adamw.AdamW if implementation == "native" else AdamW
+    optimizer = sharded.make_optimizer([group | common for group in groups if group["params"]], kind)
     state = state_of(optimizer)
     for part in parts:
         if part.mine:
             state[part.local] = {
-                "step": torch.zeros((), dtype=torch.float32, device=part.local.device if fused else "cpu"),
+                "step": torch.zeros((), dtype=torch.float32, device=part.local.device if implementation == "fused" else "cpu"),
                 "exp_avg": torch.zeros_like(part.local, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(part.local, requires_grad=False),
             }
@@ -82,3 +93,29 @@ def moments(sharded: Sharded, optimizer: Optimizer, which: Literal["exp_avg", "e
     """Name -> this rank's rows of a moment, for the tensors that this rank updates."""
     state = state_of(optimizer)
     return {name: state[part.local][which] for name, part in sharded.parts.items() if part.mine}
+
+
+def set_masks(sharded: Sharded, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> None:
+    """Tell the native AdamW which weights live, so that it leaves dead gradients out by itself; torch's cannot be told.
+
+    Whoever calls this calls it again whenever masks change, before the next step: what is dead by these masks is set to 0.
+
+    Args:
+        masks: name -> [rows, cols] bool, this rank's rows; weights without one are all live.
+    """
+    inner = getattr(optimizer, "optim", optimizer)
+    if isinstance(inner, adamw.AdamW):
+        inner.set_masks({sharded.parts[name].local: pack(mask) for name, mask in masks.items() if sharded.parts[name].mine})
+
+
+def _implementation(config: OptimizerConfig, parity: bool, parameters: list[Tensor]) -> str:
+    if config.implementation in ("fused", "foreach"):
+        return config.implementation
+    reason = adamw.why_not(parameters)
+    if reason is None:
+        return "native"
+    if config.implementation == "native":
+        raise ConfigError(
+            f"Expected an optimizer that runs here. Got optimizer.implementation=native, but {reason}. Use optimizer.implementation=auto."
+        )
+    return "foreach" if parity else "fused"

@@ -92,6 +92,17 @@ def test_a_foreign_index_is_left_alone(build):
     assert not mask.any()
 
 
+def test_a_mask_may_be_given(build):
+    """It is overwritten, and nothing around it."""
+    keys, eligible = drawn(2, 200)
+    whole = torch.ones(300, dtype=torch.bool)
+    mask, *_ = select.choose(keys, eligible, 20, 100, 900, 0, whole[50:250])
+    assert mask.data_ptr() == whole[50:].data_ptr()
+    assert torch.equal(mask, select.choose(keys, eligible, 20, 100, 900, 0)[0])
+    assert whole[:50].all()
+    assert whole[250:].all()
+
+
 def test_views_inside_a_tensor(build):
     """Keys and masks that begin anywhere."""
     keys, eligible = drawn(1, 500)
@@ -117,6 +128,7 @@ KEYS, OK = torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.bool)
         (lambda: select.count_digits(KEYS, OK, 21, 11), "21"),
         (lambda: select.choose(KEYS, OK, 20, 7, 6, 0), "7, 6"),
         (lambda: select.choose(KEYS, OK, 31, 0, 0, 0), "31"),
+        (lambda: select.choose(KEYS, OK, 20, 0, 0, 0, OK[:3].clone()), "3"),
         (lambda: select.choose(KEYS.to("meta"), OK, 20, 0, 0, 0), "meta"),
         (lambda: select.refine(OK, KEYS, KEYS, 0, 10, 0), "int32"),
         (lambda: select.refine(OK, KEYS[:3].long(), KEYS, 0, 10, 0), "3"),

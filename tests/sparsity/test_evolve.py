@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raysparse.kernels import library
+from raysparse.sparsity import evolve
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, propose
 from raysparse.sparsity.pattern import NM, Block, Unstructured
@@ -178,6 +179,15 @@ def test_the_same_digests_on_gloo_ranks():
     assert all(len(set(found)) > 5 for found in alone)
     for size in (2, 3):
         assert spawn(walk_here, size, kinds, patterns) == [alone] * size
+
+
+@pytest.mark.parametrize("piece", [1, 7, 40])
+@pytest.mark.parametrize("kind", RULES)
+def test_weights_may_be_scored_any_number_at_a_time(monkeypatch, kind, piece):
+    agenda = agenda_of(kind, Unstructured())
+    whole = digests(Walk(agenda))
+    monkeypatch.setattr(evolve, "PIECE", piece)
+    assert digests(Walk(agenda)) == whole
 
 
 @pytest.mark.skipif(not library.available(), reason="needs the native library")

@@ -22,9 +22,9 @@ def way(request, monkeypatch):
     return request.param
 
 
-def top(keys, counts, ranks=ALONE, among=None):
+def top(keys, counts, ranks=ALONE, among=None, piece=40):
     """`top_masks` of keys that are at hand; -1 is not eligible."""
-    return top_masks(keys.__getitem__, [tensor >= 0 for tensor in keys], counts, ranks, among)
+    return top_masks(lambda i: keys[i].split(piece), [tensor >= 0 for tensor in keys], counts, ranks, among)
 
 
 def int32(values):
@@ -137,7 +137,7 @@ def test_the_sign_bit_does_not_count(name):
     assert int((signed < 0).sum()) == 48
     eligible = torch.arange(97) % 5 > 0
     expected = top([keys.where(eligible, -1)], [40])[0]
-    assert torch.equal(top_masks([signed].__getitem__, [eligible], [40], ALONE)[0], expected)
+    assert torch.equal(top_masks(lambda i: [signed], [eligible], [40], ALONE)[0], expected)
 
 
 def random_parts(sizes, barred=0.3):
@@ -160,7 +160,7 @@ def test_guessing_finds_the_same_in_one_pass(world_size):
     def found(part, ranks, among):
         def made(i):
             calls.append(i)
-            return part[i]
+            return part[i].tensor_split(3)
 
         return top_masks(made, [tensor >= 0 for tensor in part], counts, ranks, among)
 
@@ -200,6 +200,16 @@ def test_guesses(count, among):
     assert 0 <= low <= min(expected, NONE - 1) <= high + 1 <= NONE
     deviation = (count * (among - count) / among**3) ** 0.5
     assert high - low <= 2 * NONE * (7 * deviation + 20 / among) + 2
+
+
+@pytest.mark.parametrize("pieces", [[97], [1, 96], [64, 33], [63, 1, 33], [0, 97, 0], [30, 0, 67]])
+def test_pieces_change_nothing(pieces):
+    for name, keys in adversaries().items():
+        for count in (0, 1, 50, 97):
+            (found,) = top_masks(lambda i, keys=keys: keys.split(pieces), [torch.ones(97, dtype=torch.bool)], [count], ALONE)
+            assert torch.equal(found, oracle(keys, count)), (name, count)
+    with pytest.raises(AssertionError, match="96 keys, 97 elements"):
+        top_masks(lambda i: [keys[1:]], [torch.ones(97, dtype=torch.bool)], [1], ALONE)
 
 
 def test_of_nothing_nothing_is_chosen():
@@ -246,11 +256,11 @@ def test_more_elements_than_float32_can_count():
     """2^24 + 5 elements: a count or an index in float32 would be off by some."""
     n = (1 << 24) + 5
     tied = torch.zeros(n, dtype=torch.int32)
-    (mask,) = top([tied], [n - 2])
+    (mask,) = top([tied], [n - 2], piece=1 << 23)
     assert int(mask.sum()) == n - 2
     assert bool(mask[: n - 2].all())
     keys = counter.random_keys(0, n, 5)
     count = (1 << 24) + 1
-    (mask,) = top([keys], [count])
+    (mask,) = top([keys], [count], piece=1 << 23)
     assert int(mask.sum()) == count
     assert int(keys[mask].min()) >= int(keys[~mask].max())

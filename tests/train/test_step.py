@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysparse.kernels import library
 from raysparse.sparsity.ranks import ALONE
 from raysparse.train.clip import clip_, global_norm
 from raysparse.train.error import TrainingError
@@ -18,6 +19,7 @@ from tests.ranks import spawn
 from tests.train.steps import CONTEXT, SPARSE, Tokens, assemble, differences, masks_of, run, snapshot
 
 STEPS = 6
+needs_native = pytest.mark.skipif(not library.available(), reason="needs the native library")
 
 
 def sections(**more: dict) -> dict:
@@ -31,7 +33,7 @@ def sections(**more: dict) -> dict:
 def watched(folder: str, implementation: str) -> list[dict[str, int]]:
     """Before and after each optimizer step: what -> nonzero dead entries here; ``live``: nonzero live gradients."""
     t, state = assemble(folder, sections(optimizer={"lr": 1e-2, "weight_decay": 0.5, "implementation": implementation}), SPARSE)
-    assert t.optimizer.param_groups[0]["fused"] == (implementation == "fused")
+    assert t.optimizer.param_groups[0].get("fused", "native") == {"fused": True, "foreach": False, "native": "native"}[implementation]
     seen = []
 
     def look(*_) -> None:
@@ -48,7 +50,7 @@ def watched(folder: str, implementation: str) -> list[dict[str, int]]:
     return seen
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("implementation", ["fused", "foreach", pytest.param("native", marks=needs_native)])
 def test_dead_entries_are_zero_before_and_after_every_step(tmp_path, implementation):
     for seen in spawn(watched, 2, str(tmp_path), implementation):
         assert len(seen) == 2 * STEPS
@@ -167,9 +169,11 @@ def bare(steps: int, fused: bool) -> dict:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sparsity_0_is_bit_equal_to_plain_pytorch(tmp_path, ranks):
-    """On one rank as anyone would run it; on two, sharded, in parity mode, whose optimizer is the foreach one."""
+    """With torch's own AdamW; on two ranks sharded, in parity mode, with its foreach one."""
     (expected,) = spawn(bare, 1, STEPS, ranks == 1)
-    for found in spawn(run, ranks, str(tmp_path), sections(run={"name": "dense", "seed": 3, "parity": ranks > 1}), {"target": 0.0}):
+    implementation = "fused" if ranks == 1 else "foreach"
+    plain = sections(run={"name": "dense", "seed": 3, "parity": ranks > 1}, optimizer={"implementation": implementation})
+    for found in spawn(run, ranks, str(tmp_path), plain, {"target": 0.0}):
         assert found.pop("nnz") == {}
         assert "digest" not in found
         assert differences(expected, found) == []

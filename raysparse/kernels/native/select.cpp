@@ -16,24 +16,28 @@ INLINE uint32_t key_of(int32_t element) { return (uint32_t)element & 0x7fffffffu
 // Part `part` of so many consecutive ones of n elements starts here.
 int64_t start_of(int64_t n, int part, int parts) { return n / parts * part + n % parts * part / parts; }
 
+// Where nobody looks: ineligible elements are counted there, which is faster than a branch. There are several such places because an
+// increment waits for one just before it in the same place.
+constexpr int NOWHERE = 1 << MAX_BITS, PLACES = 16;
+
+template <bool ALL>
+INLINE void count_block(const int32_t* keys, const uint8_t* eligible, int width, int shift, uint32_t last, uint32_t* table) {
+  uint16_t digits[BLOCK];
+  for (int j = 0; j < width; j++) {  // vectors
+    uint16_t digit = (uint16_t)(key_of(keys[j]) >> shift & last);
+    digits[j] = ALL || (eligible[j] & 1) ? digit : (uint16_t)(NOWHERE + j % PLACES);
+  }
+  for (int j = 0; j < width; j++) table[digits[j]]++;
+}
+
 template <bool ALL>
 void count_digits(const int32_t* keys, const uint8_t* eligible, int64_t n, int shift, uint32_t last, int64_t* counts) {
-  // Ineligible elements are counted too, in places where nobody looks: that is faster than a branch. There are several such places
-  // because an increment waits for one just before it in the same place.
-  constexpr int NOWHERE = 1 << MAX_BITS, PLACES = 16;
-  constexpr int64_t MOST = 1 << 30;  // what a table can count
+  constexpr int64_t MOST = 1 << 30;  // what a table can count; a multiple of BLOCK
   for (int64_t start = 0; start < n; start += MOST) {
-    int64_t end = n - start < MOST ? n : start + MOST;
+    int64_t end = n - start < MOST ? n : start + MOST, i = start;
     uint32_t table[NOWHERE + PLACES] = {};
-    uint16_t digits[BLOCK];
-    for (int64_t i = start; i < end; i += BLOCK) {
-      int width = end - i < BLOCK ? (int)(end - i) : BLOCK;
-      for (int j = 0; j < width; j++) {  // a vector loop
-        uint16_t digit = (uint16_t)(key_of(keys[i + j]) >> shift & last);
-        digits[j] = ALL || (eligible[i + j] & 1) ? digit : (uint16_t)(NOWHERE + j % PLACES);
-      }
-      for (int j = 0; j < width; j++) table[digits[j]]++;
-    }
+    for (; i + BLOCK <= end; i += BLOCK) count_block<ALL>(keys + i, ALL ? nullptr : eligible + i, BLOCK, shift, last, table);
+    count_block<ALL>(keys + i, ALL ? nullptr : eligible + i, (int)(end - i), shift, last, table);
     for (uint32_t d = 0; d <= last; d++) counts[d] += table[d];
   }
 }
@@ -60,14 +64,16 @@ INLINE void choose_block(const int32_t* keys, const uint8_t* eligible, int64_t i
   memcpy(mask + i, above, (size_t)width);
   list.chosen += num_above;
   if (!num_between) return;
+  uint64_t bits = 0;  // one for each element of the block: a single loop, whose end is guessed wrong but once
   for (int j = 0; j < BLOCK; j += 8) {
     uint64_t eight;
     memcpy(&eight, between + j, 8);
-    for (; eight; eight &= eight - 1) {
-      int k = j + __builtin_ctzll(eight) / 8;
-      list.index.push_back(i + k);
-      list.keys.push_back(keys[k]);
-    }
+    bits |= (eight * 0x0102040810204080u >> 56) << j;  // byte k of 0 or 1 becomes bit k
+  }
+  for (; bits; bits &= bits - 1) {
+    int j = __builtin_ctzll(bits);
+    list.index.push_back(i + j);
+    list.keys.push_back(keys[j]);
   }
 }
 

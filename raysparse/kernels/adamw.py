@@ -1,0 +1,140 @@
+"""AdamW in one native pass over each parameter, with a mask of one bit a weight in it if there is one (`native/adamw.cpp`).
+
+Numbers are those of `torch.optim.AdamW` within rounding. They are the same wherever a shard begins and for any number of threads, and on
+all instruction sets that multiply and add in one operation.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raysparse.kernels import library
+from raysparse.kernels.library import function, pointer
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class Rates(ctypes.Structure):
+    """What the arithmetic of a step needs: see `Rates.at`."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in ("keep", "beta1", "rest1", "beta2", "rest2", "root_scale", "eps", "step"))
+
+    @classmethod
+    def at(cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> "Rates":
+        """Of step number `step`, from 1."""
+        assert step >= 1, step
+        size = lr / (1 - betas[0] ** step)
+        root_scale = 1 / math.sqrt(1 - betas[1] ** step)
+        return cls(1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], root_scale, eps, size)
+
+
+def advance(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates, bits: Tensor | None = None) -> None:
+    """A step in place. Dead gradients count as 0, whatever they are, and dead weights become 0; moments of 0 there stay 0.
+
+    Args:
+        weight, gradient, exp_avg, exp_avg_sq: of one shape, float32, contiguous.
+        bits: [rows, ceil(cols / 8)] uint8 for a weight of [rows, cols]: lowest bit first, every row padded to whole bytes. None: all live.
+    """
+    _check(weight.shape, weight, gradient, exp_avg, exp_avg_sq)
+    tensors = pointer(weight), pointer(gradient), pointer(exp_avg), pointer(exp_avg_sq)
+    if bits is None:
+        run = function("rs_adamw", None, *[_pointer] * 4, _long, _pointer, _int)
+        run(*tensors, weight.numel(), ctypes.addressof(rates), library.threads())
+    else:
+        _check_bits(bits, weight)
+        run = function("rs_adamw_masked", None, *[_pointer] * 5, _long, _long, _pointer, _int)
+        run(*tensors, pointer(bits), *weight.shape, ctypes.addressof(rates), library.threads())
+
+
+def advance_live(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates, bits: Tensor) -> None:
+    """The same step, bit for bit, with moments of the live weights alone.
+
+    Args:
+        weight, gradient: [rows, cols], float32, contiguous.
+        exp_avg, exp_avg_sq: [nnz], float32, in the order of the live weights, row by row.
+        bits: [rows, ceil(cols / 8)] uint8, as above; exactly nnz live.
+    """
+    _check(weight.shape, weight, gradient)
+    _check((exp_avg.numel(),), exp_avg, exp_avg_sq)
+    _check_bits(bits, weight)
+    run = function("rs_adamw_live", _long, *[_pointer] * 5, *[_long] * 3, _pointer, _int)
+    tensors = pointer(weight), pointer(gradient), pointer(exp_avg), pointer(exp_avg_sq), pointer(bits)
+    num_live = run(*tensors, *weight.shape, exp_avg.numel(), ctypes.addressof(rates), library.threads())
+    assert num_live == exp_avg.numel(), f"{num_live} live weights, {exp_avg.numel()} moments"
+
+
+def why_not(parameters: Iterable[Tensor]) -> str | None:
+    """Why these cannot be stepped natively; None where they can."""
+    if (reason := library.why_not()) is not None:
+        return f"there is no native library: {reason}"
+    kinds = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in parameters} - {("cpu", "float32")}
+    return f"it steps float32 on CPUs, not {' or '.join(f'{dtype} on {device}' for device, dtype in sorted(kinds))}" if kinds else None
+
+
+class AdamW(Optimizer):
+    """`torch.optim.AdamW`, with the same parameter groups and state, for contiguous float32 parameters on CPUs."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._bits: dict[Tensor, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: it has no masks until it is told."""
+        super().__setstate__(state)
+        self._bits = {}
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """From now on only these weights of these parameters live; the others' are all live. They are not part of the state.
+
+        Args:
+            masks: parameter of [rows, cols] -> [rows, ceil(cols / 8)] uint8: lowest bit first, every row padded to whole bytes.
+        """
+        for parameter, bits in masks.items():
+            _check_bits(bits, parameter)
+        self._bits = dict(masks)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
+        """Steps every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                rates = Rates.at(int(state["step"]), group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                advance(parameter, parameter.grad.contiguous(), *moments, rates, self._bits.get(parameter))
+        return loss
+
+
+def _check(shape: tuple[int, ...], *tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.dtype == torch.float32, tensor.dtype
+        assert tensor.shape == shape, f"{tuple(tensor.shape)}, not {tuple(shape)}"
+        assert tensor.layout == torch.strided, tensor.layout
+
+
+def _check_bits(bits: Tensor, weight: Tensor) -> None:
+    assert bits.dtype == torch.uint8, bits.dtype
+    assert weight.ndim == 2, weight.shape
+    assert bits.shape == (weight.shape[0], -(-weight.shape[1] // 8)), f"{tuple(bits.shape)} for {tuple(weight.shape)}"
