@@ -1,6 +1,6 @@
 """Installing from source where nothing compiles: the package works, and says why it multiplies zeros."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A folder that holds the package as pip installs it with compilers that always fail."""
-    for module in ("pip", "setuptools"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"needs {module} in this environment, for nothing is downloaded")
+    for package in ("pip", "setuptools"):
+        if not list(importlib.metadata.distributions(name=package)):
+            pytest.skip(f"needs {package} in this environment, for nothing is downloaded")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
