@@ -4,9 +4,11 @@
     python -m benchmarks.cpu_kernels --only linear --rounds 21
 
 Times are CPU times of one thread, contestants interleaved, ratios to torch's dense product of the same dtype; the rows with two
-threads are wall-clock. The sparse layer is `SparseLinear` as training uses it: "step" reads the live values out of the dense weight in
-every pass and writes a dense gradient; "held" has the values read once, as between two optimizer steps with several micro-batches.
-Goals are checked against "held" for the layer and against "step" for the block. Exit status 1 if one is missed.
+threads are wall-clock. A layer is timed in three manners. "products": the three matrix products, each alone with warm caches and its
+result in new memory (the gradient of the weight is a whole matrix, zeros included), and their times added. "held": the layer as
+training uses it, with autograd and the gradient of the bias, among cold caches; its live values are read once, as between two optimizer
+steps with several micro-batches. "step": the same, but they are read out of the dense weight in every pass. Goals are checked against
+"products" for the layer and against "step" for the block. Exit status 1 if one is missed.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Ratio, interleave, table, write
 from raysparse.kernels import library
 from raysparse.kernels.linear import SPARSE, SparseLinear, adopt
+from raysparse.kernels.stream import Use
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, build, select
 from raysparse.sparsity.attention import Fixed
@@ -39,6 +42,7 @@ BLOCK = {  # (sequences, length, hybrid attention) -> sparsity -> at least
     (4, 256, False): {0.75: 2.3, 0.9: 3.7},
     (1, 1024, True): {0.75: 2.3, 0.9: 4.0},
 }
+PRODUCTS = ("forward", "dX", "dW")
 THREADS_KEEP = 0.9
 """Share of the one-thread ratio that two threads must keep."""
 
@@ -93,16 +97,42 @@ def passes(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters
     return run
 
 
-def linear_contestants(out: int, cols: int, tokens: int, dtype: torch.dtype, masks: dict[str, Tensor]) -> dict[str, Callable[[int], None]]:
-    """Dense, and for every mask the layer in both manners."""
+def products(x: Tensor, dy: Tensor, layer: nn.Linear) -> dict[str, Callable[[int], Tensor]]:
+    """Torch's products, or the streams of a held layer."""
+    x, weight, bias = x.detach(), layer.weight.detach(), layer.bias.detach()
+    if not isinstance(layer, SparseLinear):
+        return {"forward": lambda _: F.linear(x, weight, bias), "dX": lambda _: dy @ weight, "dW": lambda _: dy.t() @ x}
+    forward, backward, gradient = (layer.stream(use, weight if use is not Use.GRADIENT else None) for use in Use)
+    return {
+        "forward": lambda _: forward.multiply(x, bias),
+        "dX": lambda _: backward.multiply(dy),
+        "dW": lambda _: gradient.gradient(x, dy),
+    }
+
+
+def linear_ratios(
+    shape: tuple[int, int, int], dtype: torch.dtype, masks: dict[str, Tensor], rounds: int, clock=time.process_time
+) -> dict[str, Ratio]:
+    """Dense time over the layer's for every mask in every manner, and of every product; `shape`: outputs, inputs, tokens."""
+    out, cols, tokens = shape
     x, dy = torch.randn(tokens, cols, dtype=dtype, requires_grad=True), torch.randn(tokens, out, dtype=dtype)
     dense = nn.Linear(cols, out, dtype=dtype)
-    contestants = {"dense": passes(dense, x, dy, list(dense.parameters()))}
+    layers = {"dense": passes(dense, x, dy, list(dense.parameters()))}
+    alone: dict[str, Callable[[int], Any]] = {f"dense, {product}": run for product, run in products(x, dy, dense).items()}
     for name, mask in masks.items():
-        for manner in ("held", "step"):
-            layer = sparse_linear(out, cols, mask, dtype, held=manner == "held")
-            contestants[f"{name}, {manner}"] = passes(layer, x, dy, list(layer.parameters()))
-    return contestants
+        held, step = (sparse_linear(out, cols, mask, dtype, held) for held in (True, False))
+        alone |= {f"{name}, {product}": run for product, run in products(x, dy, held).items()}
+        layers |= {
+            f"{name}, {manner}": passes(layer, x, dy, list(layer.parameters())) for manner, layer in (("held", held), ("step", step))
+        }
+    times = interleave(alone, rounds, clock=clock, warm=True)
+    for name in ("dense", *masks):
+        times[f"{name}, products"] = [sum(parts) for parts in zip(*(times[f"{name}, {product}"] for product in PRODUCTS), strict=True)]
+    ratios = {
+        f"{name}, {part}": Ratio.of(times[f"dense, {part}"], times[f"{name}, {part}"]) for name in masks for part in (*PRODUCTS, "products")
+    }
+    times = interleave(layers, rounds, clock=clock)
+    return ratios | {name: Ratio.of(times["dense"], seconds) for name, seconds in times.items() if name != "dense"}
 
 
 def linear(rounds: int, tokens: int = 512) -> list[Row]:
@@ -112,12 +142,13 @@ def linear(rounds: int, tokens: int = 512) -> list[Row]:
         for name, dtype in DTYPES.items():
             masks = {f"{100 * sparsity:g} %": mask_of((out, cols), sparsity) for sparsity in LINEAR[name]}
             masks |= {f"75 % in blocks {r}x{c}": mask_of((out, cols), 0.75, (r, c)) for r, c in ((4, 4), (4, 2))}
-            times = interleave(linear_contestants(out, cols, tokens, dtype, masks), rounds)
-            for contestant, seconds in times.items():
-                goals = {f"{100 * sparsity:g} %, held": goal for sparsity, goal in LINEAR[name].items()} if out == 3072 else {}
-                what = f"{cols} -> {out}, {tokens} tokens, {name}, {contestant}"
-                if contestant != "dense":
-                    rows.append(Row(what, Ratio.of(times["dense"], seconds), goals.get(contestant)))
+            goals = {f"{100 * sparsity:g} %": goal for sparsity, goal in LINEAR[name].items()} if out == 3072 else {}
+            ratios = linear_ratios((out, cols, tokens), dtype, masks, rounds)
+            for mask in masks:
+                parts = ", ".join(f"{product} {ratios[f'{mask}, {product}'].median:.1f}" for product in PRODUCTS)
+                what = f"{cols} -> {out}, {tokens} tokens, {name}, {mask}"
+                rows.append(Row(f"{what}, products ({parts})", ratios[f"{mask}, products"], goals.get(mask)))
+                rows += [Row(f"{what}, {manner}", ratios[f"{mask}, {manner}"]) for manner in ("held", "step")]
     return rows
 
 
@@ -126,20 +157,17 @@ def two_threads(rounds: int) -> list[Row]:
     rows = []
     for name, dtype in DTYPES.items():
         masks = {f"{100 * sparsity:g} %": mask_of((3072, 768), sparsity) for sparsity in LINEAR[name]}
-        contestants = linear_contestants(3072, 768, 2048, dtype, masks)
         ratios: dict[int, dict[str, Ratio]] = {}
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            times = interleave(contestants, rounds, clock=time.perf_counter)
-            ratios[threads] = {contestant: Ratio.of(times["dense"], seconds) for contestant, seconds in times.items()}
+            ratios[threads] = linear_ratios((3072, 768, 2048), dtype, masks, rounds, time.perf_counter)
         torch.set_num_threads(1)
-        for contestant in contestants:
-            if contestant.endswith("held"):
-                one, two = ratios[1][contestant], ratios[2][contestant]
+        for mask in masks:
+            for manner in ("products", "held"):
+                one, two = (ratios[threads][f"{mask}, {manner}"] for threads in (1, 2))
                 kept = Ratio(*(value / one.median for value in vars(two).values()))
-                rows.append(
-                    Row(f"{name}, {contestant}: {two.median:.2f}x with two threads, {one.median:.2f}x with one", kept, THREADS_KEEP)
-                )
+                what = f"{name}, {mask}, {manner}: {two.median:.2f}x with two threads, {one.median:.2f}x with one"
+                rows.append(Row(what, kept, THREADS_KEEP if manner == "products" else None))
     return rows
 
 

@@ -45,17 +45,24 @@ class Ratio:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[int], None]], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.process_time
+    contestants: Mapping[str, Callable[[int], Any]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.process_time,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round: CPU time of all threads of the process, or by another clock.
 
     Every round runs every contestant once and starts with another one, so that what drifts in the machine meets all alike.
-    The first `warmup` rounds are not kept.
+    The first `warmup` rounds are not kept. A contestant finds the caches full of the others' data; `warm` runs it twice and times the
+    second run.
     """
     names, times = list(contestants), {name: [] for name in contestants}
     for index in range(warmup + rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
+            if warm:
+                contestants[name](index)
             began = clock()
             contestants[name](index)
             if index >= warmup:

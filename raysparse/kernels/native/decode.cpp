@@ -58,11 +58,13 @@ template <class V, bool FEW> struct BitsRow {
     __builtin_prefetch((const char*)values + PREFETCH);
     if (sizeof(V) > 1) __builtin_prefetch((const char*)values + PREFETCH + 64);
     UNROLL for (int i = 0; i < VECTORS; i++) {
-      uint64_t before = i ? word & ((1ull << (i * WIDTH % 64)) - 1) : 0;  // so that no vector waits for the one before
+      uint64_t before = i ? word & ((1ull << (i * WIDTH % 64)) - 1) : 0, mine = word >> (i * WIDTH % 64);
+      asm("" : "+r"(mine));  // shifts of mask registers, which a compiler takes otherwise, compete with vpexpand
+      const V* from = values + __builtin_popcountll(before);  // counted anew: no vector waits for the one before
       if constexpr (FEW)
-        to[i] = Lanes<V>::expand_few(dead, word, values);
+        to[i] = Lanes<V>::expand_few(dead, mine, from);
       else
-        to[i] = Lanes<V>::expand(dead, word >> (i * WIDTH % 64), values + __builtin_popcountll(before));
+        to[i] = Lanes<V>::expand(dead, mine, from);
     }
     values += __builtin_popcountll(word);
   }

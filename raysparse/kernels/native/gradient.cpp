@@ -107,60 +107,84 @@ void add_tile(const Stream& s, int64_t row_block, int64_t col_block, const typen
   }
 }
 
-// A tile of the gradient: zeros, and the totals at their places.
-template <int GRAIN, class W> void write_tile(const Stream& s, int64_t r, int64_t c, const float* totals, W* gradient) {
+// The totals in the gradient's type, in place: element i of the result lies at or before float i.
+INLINE const float* rounded(float* totals, int64_t, float*) { return totals; }
+INLINE const bf16* rounded(float* totals, int64_t count, bf16*) {
+  bf16* to = (bf16*)totals;
+  int64_t i = 0;
+#if AVX512
+  for (; i + 16 <= count; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(totals + i)));
+#endif
+  for (; i < count; i++) {
+    float total;
+    memcpy(&total, totals + i, 4);
+    from_float(total, to + i);
+  }
+  return to;
+}
+
+// A tile's totals at their places.
+template <int GRAIN, class W> void write_tile(const Stream& s, int64_t r, int64_t c, float* sums, W* gradient) {
   W* corner = gradient + s.corner(r, c);
-  for (int64_t i = 0; i < s.rows_of(r); i++) memset((void*)(corner + i * s.row_step), 0, (size_t)s.cols_of(c) * sizeof(W));
+  const W* totals = rounded(sums, (s.first_entry(r, c + 1) - s.first_entry(r, c)) * GRAIN, gradient);
   const uint16_t *units = s.units.data() + s.first_unit(r, c), *counts = s.counts.data() + s.first_unit(r, c);
   const uint16_t* columns = s.columns.data() + s.first_entry(r, c);
   for (int64_t u = 0; u < s.units_of(r); u++) {
     W* row = corner + (int64_t)units[u] * GRAIN * s.row_step;
     for (int e = 0; e < counts[u]; e++)
-      UNROLL for (int g = 0; g < GRAIN; g++) from_float(totals[e * GRAIN + g], row + columns[e] + g * s.row_step);
+      UNROLL for (int g = 0; g < GRAIN; g++) row[columns[e] + g * s.row_step] = totals[e * GRAIN + g];
     columns += counts[u], totals += (int64_t)counts[u] * GRAIN;
   }
+}
+
+// Tiles begin..end of a row block: zeros, for the totals to be written among. Whole rows are one piece of memory.
+template <class W> void clear(const Stream& s, int64_t r, int64_t begin, int64_t end, W* gradient) {
+  int64_t width = (end == s.col_blocks() ? s.cols : end * s.tile_cols) - begin * s.tile_cols, rows = s.rows_of(r);
+  bool whole = width == s.cols;
+  W* corner = gradient + s.corner(r, begin);
+  for (int64_t i = 0; i < (whole ? 1 : rows); i++) memset((void*)(corner + i * s.row_step), 0, (size_t)(whole ? rows * width : width) * sizeof(W));
 }
 
 template <class Dot, int GRAIN, int TOKENS, class X>
 void gradient(const Stream& s, const X* x, const X* dy, int64_t tokens, X* out, int threads) {
   using Panel = typename Dot::Panel;
   Panel* xs = (Panel*)scratch((size_t)(s.panel_rows() * TOKENS) * sizeof(Panel), 0);
-  Panel* dys = (Panel*)scratch((size_t)(s.rows * TOKENS) * sizeof(Panel), 1);
   float* totals = (float*)scratch((size_t)(s.entries() * GRAIN) * 4, 2);
-  memset(totals, 0, (size_t)(s.entries() * GRAIN) * 4);
   int64_t row_blocks = s.row_blocks(), col_blocks = s.col_blocks();
-  int64_t parts = threads == 1 ? 1 : (8 * threads + row_blocks - 1) / row_blocks;  // of a row block's tiles, so that all threads have work
+  int64_t parts = threads == 1 ? 1 : (2 * threads + row_blocks - 1) / row_blocks;  // of a row block's tiles, so that all threads have work
   if (parts > col_blocks) parts = col_blocks;
 #pragma omp parallel num_threads(threads)
   {
+    Panel* dys = (Panel*)scratch((size_t)(s.tile_rows * TOKENS) * sizeof(Panel), 1);
     for (int64_t first = 0; first < tokens; first += TOKENS) {
       int64_t here = tokens - first < TOKENS ? tokens - first : TOKENS;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < row_blocks + col_blocks; i++) {
-        int64_t c = i - row_blocks;
-        if (i < row_blocks)
-          fill_panel<TOKENS>(dy + first * s.rows + i * s.tile_rows, s.rows, here, s.rows_of(i), s.tile_rows, false, dys + i * s.tile_rows * TOKENS);
-        else
-          fill_panel<TOKENS>(x + first * s.cols + c * s.tile_cols, s.cols, here, s.cols_of(c), s.tile_cols, false, xs + c * s.panel_stride() * TOKENS);
-      }
+      for (int64_t c = 0; c < col_blocks; c++)
+        fill_panel<TOKENS>(x + first * s.cols + c * s.tile_cols, s.cols, here, s.cols_of(c), s.tile_cols, false, xs + c * s.panel_stride() * TOKENS);
       // a tile's totals are one thread's at a time, and panels follow each other: the same bits for any number of threads
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < row_blocks * parts; item++) {
-        int64_t r = item / parts, part = item % parts, end = (part + 1) * col_blocks / parts;
-        for (int64_t c = part * col_blocks / parts; c < end; c++)
-          add_tile<Dot, GRAIN, TOKENS>(s, r, c, xs + c * s.panel_stride() * TOKENS, dys + r * s.tile_rows * TOKENS, totals + s.first_entry(r, c) * GRAIN);
+        int64_t r = item / parts, part = item % parts, begin = part * col_blocks / parts, end = (part + 1) * col_blocks / parts;
+        bool last = first + TOKENS >= tokens;
+        fill_panel<TOKENS>(dy + first * s.rows + r * s.tile_rows, s.rows, here, s.rows_of(r), s.tile_rows, false, dys);
+        if (last) clear(s, r, begin, end, out);
+        for (int64_t c = begin; c < end; c++) {
+          float* sums = totals + s.first_entry(r, c) * GRAIN;
+          if (!first) memset(sums, 0, (size_t)((s.first_entry(r, c + 1) - s.first_entry(r, c)) * GRAIN) * 4);
+          add_tile<Dot, GRAIN, TOKENS>(s, r, c, xs + c * s.panel_stride() * TOKENS, dys, sums);
+          if (last) write_tile<GRAIN>(s, r, c, sums, out);
+        }
       }
-    }
-#pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < row_blocks * col_blocks; tile++) {
-      int64_t r = tile / col_blocks, c = tile % col_blocks;
-      write_tile<GRAIN>(s, r, c, totals + s.first_entry(r, c) * GRAIN, out);
     }
   }
 }
 
 // The more tokens a panel has, the fewer sums over lanes; but what it lacks to a whole panel is computed for nothing.
 template <class Dot, int TOKENS, class X> void gradient_of(const Stream& s, const X* x, const X* dy, int64_t tokens, X* out, int threads) {
+  if (tokens == 0) {
+    for (int64_t r = 0; r < s.row_blocks(); r++) clear(s, r, 0, s.col_blocks(), out);
+    return;
+  }
   if constexpr (TOKENS > 32)
     if ((tokens + TOKENS - 1) / TOKENS * TOKENS > tokens + tokens / 8) return gradient_of<Dot, TOKENS / 2>(s, x, dy, tokens, out, threads);
   if (s.grain == 4) return gradient<Dot, 4, TOKENS>(s, x, dy, tokens, out, threads);
@@ -172,6 +196,7 @@ template <class Dot, int TOKENS, class X> void gradient_of(const Stream& s, cons
 
 // x: [tokens, cols], dy: [tokens, rows], out: [rows, cols], written whole: zero at dead weights.
 API void rs_gradient_f32(const Stream* s, const float* x, const float* dy, int64_t tokens, float* out, int threads) {
+  if (s->tile_cols > 64) return gradient_of<FloatDot, 64>(*s, x, dy, tokens, out, threads);
   gradient_of<FloatDot, 128>(*s, x, dy, tokens, out, threads);
 }
 

@@ -34,9 +34,10 @@ INLINE void transpose_16(__m512i r[16]) {
   }
 }
 
-// from[16 rows][16] -> to[16 rows][16]
+// from[16 rows][16] -> to[16 rows][16]. The rows are far apart, more of them than the hardware foresees: the next squares are asked for.
 INLINE void turn_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m512i r[16];
+  UNROLL for (int i = 0; i < 16; i++) __builtin_prefetch(from + i * from_stride + 32);
   UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * from_stride);
   transpose_16(r);
   UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, r[i]);
@@ -49,6 +50,7 @@ INLINE void turn_square(const bf16* from, int64_t from_stride, bf16* to, int64_t
   alignas(64) static constexpr uint16_t ODD[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   __m512i even = _mm512_load_si512(EVEN), odd = _mm512_load_si512(ODD), upper[16], lower[16];
+  UNROLL for (int i = 0; i < 32; i++) __builtin_prefetch(from + i * from_stride + 64);
   UNROLL for (int i = 0; i < 16; i++) upper[i] = _mm512_loadu_si512(from + i * from_stride);
   transpose_16(upper);
   UNROLL for (int i = 0; i < 16; i++) lower[i] = _mm512_loadu_si512(from + (16 + i) * from_stride);

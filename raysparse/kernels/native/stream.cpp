@@ -115,7 +115,7 @@ API Stream* rs_stream_new(const uint8_t* packed, int64_t rows, int64_t cols, int
   int64_t nnz = count(bits);
   bool very_sparse = nnz * 5 < rows * cols;  // wider tiles: with few entries in a row, its outputs' way to the cache and back counts more
   s->tile_rows = 256;
-  s->tile_cols = use == GRADIENT ? (very_sparse ? 128 : 64) : s->paired ? (very_sparse ? 384 : 256) : (very_sparse ? 192 : 128);
+  s->tile_cols = use == GRADIENT ? (very_sparse ? 192 : 64) : s->paired ? (very_sparse ? 384 : 256) : (very_sparse ? 192 : 128);
   int64_t units = s->rows / s->grain * s->col_blocks();
   s->units.reserve((size_t)units), s->counts.reserve((size_t)units);
   s->columns.reserve((size_t)(nnz / s->grain + (s->paired ? units : 0)));
