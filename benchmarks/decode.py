@@ -78,8 +78,9 @@ def side_by_side(packed: Sequence[Packed]) -> list[Packed]:
     """The same in one buffer, in their order."""
     names = [field.name for field in fields(Packed) if field.name not in ("rows", "cols")]
     tensors = {f"{i} {name}": tensor for i, one in enumerate(packed) for name in names if (tensor := getattr(one, name)) is not None}
-    placed: dict[str, Any] = dict(in_one_buffer(tensors))
-    return [replace(one, **{name: placed.get(f"{i} {name}") for name in names}) for i, one in enumerate(packed)]
+    placed = in_one_buffer(tensors)
+    changes: list[dict[str, Any]] = [{name: placed.get(f"{i} {name}") for name in names} for i in range(len(packed))]
+    return [replace(one, **change) for one, change in zip(packed, changes, strict=True)]
 
 
 def contestants(shapes: Sequence[tuple[int, int]], dtype: str) -> dict[str, list[Packed]]:

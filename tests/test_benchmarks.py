@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import manager, masks, passes, startup, step, topology, updates
+from benchmarks import cpu_kernels, decode, manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
 from raysparse.kernels import library
@@ -227,3 +227,25 @@ def test_startup_shows_the_output_of_a_command_that_fails(tmp_path):
     with pytest.raises(RuntimeError, match="exit status 2") as failure:
         startup.start(tmp_path, "taken", local=True)
     assert "Got other files there" in str(failure.value)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_are_timed_in_every_manner(dtype):
+    ratios = cpu_kernels.linear_ratios((24, 16, 8), dtype, {"half": cpu_kernels.mask_of((24, 16), 0.5)}, rounds=2)
+    assert list(ratios) == [f"half, {part}" for part in ("forward", "dX", "dW", "products", "held", "step")]
+    assert all(ratio.median > 0 for ratio in ratios.values())
+
+
+@needs_native
+def test_decoding_as_a_command(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        status = decode.main(["--quick", "--threads", "1", "--rounds", "2", "--dtypes", "float32", "int8", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    (result,) = tmp_path.glob("decode-quick_*.json")
+    rows = {row["what"]: row for row in json.loads(result.read_text())["rows"]}
+    assert rows["1 token, int8, 75 %, bits"]["bytes"] < rows["1 token, int8, dense"]["bytes"]
+    assert status == 0, "goals are for two threads"
+    assert capsys.readouterr().out.rstrip().endswith(str(result.with_suffix(".md")))
