@@ -25,7 +25,7 @@ from raysparse.sparsity.manager import Verdict
 from raysparse.sparsity.topology import Topology
 from raysparse.sparsity.vote import Vote
 from raysparse.train.error import TrainingError
-from raysparse.train.optimizer import moments
+from raysparse.train.optimizer import moments, set_masks
 from raysparse.train.run import Manager
 from raysparse.train.shard import Sharded
 
@@ -69,6 +69,7 @@ class Keeper:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
         self._manager = manager() if dist.get_rank() == 0 else None
         self._attempt = 0
+        self._told = False  # the optimizer knows the masks
 
     def begin(self, step: int, history: list[dict[str, Any]]) -> None:
         """Have the topology that the run starts or goes on with checked; every rank calls this once, after loading.
@@ -132,6 +133,13 @@ class Keeper:
     def count(self) -> None:
         """Count the live weights anew, after other masks were loaded; every rank calls this."""
         self.live = self.topology.nnz(self._sharded.ranks)
+        self._told = set_masks(self._sharded, self._optimizer, self.topology.masks)
+
+    def settle(self) -> None:
+        """After an optimizer step: dead weights that were moved by their moments are 0 again."""
+        if self.keeps_moments and not self._told:
+            local = self._sharded.local
+            self.topology.kill({name: local[name] for name in self.topology.masks if name in local})
 
     def published(self, checkpoint: str, step: int) -> None:
         """Tell the manager that a checkpoint of `step` holds the masks of its version."""
@@ -162,6 +170,7 @@ class Keeper:
         before = self.topology.masks
         self.topology.evolve(proposal.masks)
         self.topology.kill(values)
+        self._told = set_masks(self._sharded, self._optimizer, self.topology.masks)
         if resets_state:
             for which in ("exp_avg", "exp_avg_sq"):
                 found = moments(self._sharded, self._optimizer, which)

@@ -8,7 +8,6 @@ moments of dead entries are zero before a step and have zero gradients in it, so
 
 import math
 import time
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -99,15 +98,16 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
     if change is not None and change.skipped is None and t.kernels is not None:
         assert t.topology is not None
         t.kernels.refresh(t.topology, t.nnz, t.sharded)
-    _kill(t, gradients)
+    if t.topology is not None:
+        t.topology.kill({name: gradients[name] for name in t.topology.masks if name in gradients})
     num_rows = sum(part.shape[0] for part in t.sharded.parts.values())
     norm = global_norm(list(gradients.values()), num_rows, t.sharded.owners)
     steps = change is None or change.skipped is not None or t.agenda.span(step).rule.steps_on_update
     if math.isfinite(norm) and steps:
         clip_(list(gradients.values()), norm, t.clip_norm)
         t.optimizer.step()
-        if t.keeper is not None and t.keeper.keeps_moments:
-            _kill(t, t.sharded.local)  # moments of dead weights moved them
+        if t.keeper is not None:
+            t.keeper.settle()
     t.sharded.zero_grad()
     return norm, steps, change
 
@@ -199,11 +199,6 @@ def _set_lr(t: Training, step: int) -> float:
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * factor
     return t.optimizer.param_groups[0]["lr"]
-
-
-def _kill(t: Training, tensors: Mapping[str, Tensor]) -> None:
-    if t.topology is not None:
-        t.topology.kill({name: tensors[name] for name in t.topology.masks if name in tensors})
 
 
 def _count(t: Training, step: int, tokens: int) -> None:

@@ -95,17 +95,20 @@ def moments(sharded: Sharded, optimizer: Optimizer, which: Literal["exp_avg", "e
     return {name: state[part.local][which] for name, part in sharded.parts.items() if part.mine}
 
 
-def set_masks(sharded: Sharded, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> None:
-    """Tell the native AdamW which weights live, so that it leaves dead gradients out by itself; torch's cannot be told.
-
-    Whoever calls this calls it again whenever masks change, before the next step: what is dead by these masks is set to 0.
+def set_masks(sharded: Sharded, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> bool:
+    """Tell the native AdamW which weights live: what is dead is 0 after every step to come, whatever its moments. Torch's cannot be told.
 
     Args:
-        masks: name -> [rows, cols] bool, this rank's rows; weights without one are all live.
+        masks: name -> [rows, cols] bool, this rank's rows; weights without one are all live. Every change needs another call.
+
+    Returns:
+        Whether the optimizer was told.
     """
     inner = getattr(optimizer, "optim", optimizer)
-    if isinstance(inner, adamw.AdamW):
-        inner.set_masks({sharded.parts[name].local: pack(mask) for name, mask in masks.items() if sharded.parts[name].mine})
+    if not isinstance(inner, adamw.AdamW):
+        return False
+    inner.set_masks({sharded.parts[name].local: pack(mask) for name, mask in masks.items() if sharded.parts[name].mine})
+    return True
 
 
 def _implementation(config: OptimizerConfig, parity: bool, parameters: list[Tensor]) -> str:

@@ -446,9 +446,11 @@ def moments_of_mst_code(folder: str, sections: dict[str, Any], reset: bool) -> t
     return weights, sum(int((found[name][~mask] != 0).sum()) for name, mask in masks.items())
 
 
-def test_dead_moments_are_kept_only_on_request(tmp_path):
-    assert spawn(moments_of_mst_code, 1, str(tmp_path / "reset"), SECTIONS, True) == [(0, 0)]
-    ((weights, kept),) = spawn(moments_of_mst_code, 1, str(tmp_path / "kept"), SECTIONS, False)
+@pytest.mark.parametrize("implementation", ["auto", "fused"])
+def test_dead_moments_are_kept_only_on_request(tmp_path, implementation):
+    sections = SECTIONS | {"optimizer": SECTIONS.get("optimizer", {}) | {"implementation": implementation}}
+    assert spawn(moments_of_mst_code, 1, str(tmp_path / "reset"), sections, True) == [(0, 0)]
+    ((weights, kept),) = spawn(moments_of_mst_code, 1, str(tmp_path / "kept"), sections, False)
     assert weights == 0
     assert kept > 100
 
