@@ -24,7 +24,7 @@ from raysparse.kernels import attention, decode, library, select
 from raysparse.kernels import random as splitmix
 from raysparse.kernels.stream import Stream, Use
 from raysparse.sparsity.attention import Fixed, Full, Local, LocalOrStrided, Pattern, Strided
-from tests.kernels import streams, test_attention, test_select
+from tests.kernels import streams, test_adamw, test_attention, test_select
 from tests.kernels.conftest import forget
 from tests.sparsity import test_counter
 
@@ -182,6 +182,7 @@ CASES: Mapping[str, Callable[[random.Random], None]] = {
     "decode": fuzz_decode,
     "select": fuzz_select,
     "random": fuzz_random,
+    "adamw": test_adamw.check_drawn,
 }
 
 
