@@ -6,17 +6,31 @@ namespace {
 
 constexpr int TOKENS = LANES == 4 ? 32 : 64;
 
-// What the inner loops multiply by: every entry's values, in order, from the dense weight. First the tile is asked for line by line:
-// its rows lie apart in memory, and one by one each would be waited for.
-template <int GRAIN, class Weight, class Value> void load_tile(const Stream& s, int64_t r, int64_t c, const Weight* weight, Value* values) {
+// The memory of a tile of the weight, asked for line by line: its rows lie apart, and one by one each would be waited for.
+template <class Weight> struct Lines {
+  const Weight* corner = nullptr;
+  int64_t rows = 0, length = 0, stride = 0, row = 0, at = 0;
+
+  Lines(const Stream& s, int64_t r, int64_t c, const Weight* weight) : corner(weight + s.corner(r, c)), stride(s.row_step * s.col_step) {
+    bool turned = s.col_step > 1;
+    rows = turned ? s.cols_of(c) : s.rows_of(r), length = turned ? s.rows_of(r) : s.cols_of(c);
+  }
+  INLINE void ask(int64_t count) {
+    for (; count > 0 && row < rows; count--) {
+      __builtin_prefetch(corner + row * stride + at);
+      if ((at += 64 / (int64_t)sizeof(Weight)) >= length) row++, at = 0;
+    }
+  }
+};
+
+// What the inner loops multiply by: every entry's values, in order, from the dense weight. Meanwhile the next tile is asked for.
+template <int GRAIN, class Weight, class Value> void load_tile(const Stream& s, int64_t r, int64_t c, const Weight* weight, Value* values, Lines<Weight> next) {
   const Weight* corner = weight + s.corner(r, c);
-  bool turned = s.col_step > 1;
-  int64_t lines = turned ? s.cols_of(c) : s.rows_of(r), length = turned ? s.rows_of(r) : s.cols_of(c), stride = s.row_step * s.col_step;
-  for (int64_t i = 0; i < lines; i++)
-    for (int64_t j = 0; j < length; j += 64 / (int64_t)sizeof(Weight)) __builtin_prefetch(corner + i * stride + j);
   const uint16_t *units = s.units.data() + s.first_unit(r, c), *counts = s.counts.data() + s.first_unit(r, c);
   const uint16_t* columns = s.columns.data() + s.first_entry(r, c);
+  int64_t share = next.rows * (next.length * (int64_t)sizeof(Weight) / 64 + 1) / s.units_of(r) + 1;
   for (int64_t u = 0; u < s.units_of(r); u++) {
+    next.ask(share);
     const Weight* row = corner + (int64_t)units[u] * GRAIN * s.row_step;
     int whole = counts[u];
     bool padded = whole && columns[whole - 1] == s.cols_of(c);
@@ -31,16 +45,21 @@ template <int GRAIN, class Weight, class Value> void load_tile(const Stream& s, 
 template <class Weight, class Value> void load(Stream& s, const Weight* weight, int threads) {
   s.values.resize((size_t)(s.entries() * s.grain) * sizeof(Value));
   Value* values = (Value*)s.values.data();
+  int64_t tiles = s.row_blocks() * s.col_blocks();
+  bool turned = s.col_step > 1;
+  auto row_of = [&](int64_t tile) { return turned ? tile % s.row_blocks() : tile / s.col_blocks(); };  // in the order of the memory
+  auto col_of = [&](int64_t tile) { return turned ? tile / s.row_blocks() : tile % s.col_blocks(); };
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t tile = 0; tile < s.row_blocks() * s.col_blocks(); tile++) {
-    int64_t r = tile / s.col_blocks(), c = tile % s.col_blocks();
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    int64_t r = row_of(tile), c = col_of(tile), after = tile + 1 < tiles ? tile + 1 : tile;
+    Lines<Weight> next(s, row_of(after), col_of(after), weight);
     Value* first = values + s.first_entry(r, c) * s.grain;
     if (s.grain == 4)
-      load_tile<4>(s, r, c, weight, first);
+      load_tile<4>(s, r, c, weight, first, next);
     else if (s.grain == 2)
-      load_tile<2>(s, r, c, weight, first);
+      load_tile<2>(s, r, c, weight, first, next);
     else
-      load_tile<1>(s, r, c, weight, first);
+      load_tile<1>(s, r, c, weight, first, next);
   }
 }
 
