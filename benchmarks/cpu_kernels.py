@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Ratio, interleave, table, write
 from raysparse.kernels import library
 from raysparse.kernels.linear import SPARSE, SparseLinear, adopt
-from raysparse.kernels.stream import Use
+from raysparse.kernels.stream import Stream, Use
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, build, select
 from raysparse.sparsity.attention import Fixed
@@ -42,6 +43,10 @@ BLOCK = {  # (sequences, length, hybrid attention) -> sparsity -> at least
     (4, 256, False): {0.75: 2.3, 0.9: 3.7},
     (1, 1024, True): {0.75: 2.3, 0.9: 4.0},
 }
+BREAK_EVEN = (0.1, 0.25, 0.4)
+"""Sparsities without a goal."""
+REBUILT = 0.005
+"""Seconds in which a stream of 768 x 3072 weights is built from the bits of a mask."""
 PRODUCTS = ("forward", "dX", "dW")
 THREADS_KEEP = 0.9
 """Share of the one-thread ratio that two threads must keep."""
@@ -140,7 +145,7 @@ def linear(rounds: int, tokens: int = 512) -> list[Row]:
     rows = []
     for out, cols in ((3072, 768), (768, 3072)):
         for name, dtype in DTYPES.items():
-            masks = {f"{100 * sparsity:g} %": mask_of((out, cols), sparsity) for sparsity in LINEAR[name]}
+            masks = {f"{100 * sparsity:g} %": mask_of((out, cols), sparsity) for sparsity in (*BREAK_EVEN, *LINEAR[name])}
             masks |= {f"75 % in blocks {r}x{c}": mask_of((out, cols), 0.75, (r, c)) for r, c in ((4, 4), (4, 2))}
             goals = {f"{100 * sparsity:g} %": goal for sparsity, goal in LINEAR[name].items()} if out == 3072 else {}
             ratios = linear_ratios((out, cols, tokens), dtype, masks, rounds)
@@ -237,9 +242,22 @@ def rivals(rounds: int, tokens: int = 512) -> list[Row]:
     return rows
 
 
+def streams(rounds: int) -> list[Row]:
+    """What a layer builds anew when its topology changes, against the time that is allowed."""
+    rows = []
+    for sparsity in LINEAR["float32"]:
+        bits = pack(mask_of((3072, 768), sparsity))
+        for use in Use:
+            times = interleave({"build": lambda _, bits=bits, use=use: Stream(bits, 768, torch.float32, use)}, rounds)["build"]
+            what = f"{100 * sparsity:g} %, {use.name.lower()}: {1000 * median(times):.2f} ms"
+            rows.append(Row(what, Ratio.of([REBUILT] * len(times), times), 1.0))
+    return rows
+
+
 TABLES = {
     "linear": (linear, "One layer: forward, gradient of the input, gradient of the weight; one thread"),
     "threads": (two_threads, "Two threads: share of the one-thread ratio that is kept (768 -> 3072, 2,048 tokens, wall-clock)"),
+    "streams": (streams, f"Building a stream of a 768 -> 3072 layer from its mask ({1000 * REBUILT:g} ms over its time)"),
     "block": (block, "A GPT-2-small block, forward and backward; one thread"),
     "rivals": (rivals, "The forward product against other sparse products (768 -> 3072, 512 tokens, float32; their time over ours)"),
 }
@@ -261,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.append(f"## {title}\n\n" + table(["", "times faster, median [95 %]", "goal", ""], [row.cells for row in results[name]]))
         print(tables[-1], flush=True)
     if args.out:
-        print(write(args.out, "cpu_kernels", {"native": library.variant(), "tables": results}, tables))
+        name = "-".join(["cpu_kernels", *([] if args.only == list(TABLES) else args.only)])
+        print(write(args.out, name, {"native": library.variant(), "tables": results}, tables))
     return int(any(row.missed for rows in results.values() for row in rows))
 
 
