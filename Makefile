@@ -41,6 +41,10 @@ bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.masks --out benchmarks/results
 	$(BIN)/python -m benchmarks.topology --out benchmarks/results
 	$(BIN)/python -m benchmarks.startup --runs 5 --out benchmarks/results
+	$(BIN)/python -m benchmarks.cpu_kernels --out benchmarks/results
+	$(BIN)/python -m benchmarks.cpu_step --out benchmarks/results
+	$(BIN)/python -m benchmarks.attention --out benchmarks/results
+	$(BIN)/python -m benchmarks.decode --threads 2 --out benchmarks/results
 
 clean: ## remove .venv and build leftovers; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -12,8 +12,10 @@ steps with several micro-batches. "step": the same, but they are read out of the
 """
 
 import argparse
+import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ BREAK_EVEN = (0.1, 0.25, 0.4)
 """Sparsities without a goal."""
 REBUILT = 0.005
 """Seconds in which a stream of 768 x 3072 weights is built from the bits of a mask."""
+OURS = "raysparse"
 PRODUCTS = ("forward", "dX", "dW")
 THREADS_KEEP = 0.9
 """Share of the one-thread ratio that two threads must keep."""
@@ -217,29 +220,51 @@ def model_passes(ids: Tensor, sparsity: float, hybrid: bool, dtype: torch.dtype)
 
 
 def rivals(rounds: int, tokens: int = 512) -> list[Row]:
-    """The forward product alone, float32, against what else multiplies by a sparse matrix here. Ratios: their time over ours."""
+    """What else multiplies by a sparse matrix here, float32, its time over ours: layers forward and backward, matrices forward alone."""
     rows = []
     for sparsity in LINEAR["float32"]:
-        mask = mask_of((3072, 768), sparsity)
-        layer = sparse_linear(3072, 768, mask, torch.float32, held=False)
-        weight, x = layer.weight.detach(), torch.randn(tokens, 768)
-        csr, turned = weight.to_sparse_csr(), x.t().contiguous()
-        contestants: dict[str, Callable[[int], Any]] = {
-            "raysparse": torch.no_grad()(lambda _, layer=layer, x=x: layer(x)),
-            "torch dense": lambda _, x=x, weight=weight: F.linear(x, weight),
-            "torch CSR (transposed activations given)": lambda _, csr=csr, turned=turned: csr @ turned,
-        }
-        try:
-            from scipy.sparse import csr_matrix  # pyrefly: ignore[missing-import]
-        except ImportError:
-            pass
-        else:
-            matrix, array = csr_matrix(weight.numpy()), turned.numpy()
-            contestants["scipy CSR (transposed activations given)"] = lambda _, matrix=matrix, array=array: matrix @ array
-        times = interleave(contestants, rounds)
-        for name in list(contestants)[1:]:
-            rows.append(Row(f"{100 * sparsity:g} %, {name}", Ratio.of(times[name], times["raysparse"]), 1.0))
+        layer = sparse_linear(3072, 768, mask_of((3072, 768), sparsity), torch.float32, held=False)
+        x, dy = torch.randn(tokens, 768, requires_grad=True), torch.randn(tokens, 3072)
+        layers = {OURS: layer, "torch dense": nn.Linear(768, 3072), **installed_layers(layer, sparsity)}
+        runs = {name: passes(module, x, dy, list(module.parameters())) for name, module in layers.items()}
+        weight, given = layer.weight.detach(), x.detach()
+        products = {OURS: torch.no_grad()(lambda _, layer=layer, x=given: layer(x)), **csr_products(weight, given)}
+        for what, contestants in (("forward and backward", runs), ("forward", products)):
+            times = interleave(contestants, rounds)
+            rows += [
+                Row(f"{100 * sparsity:g} %, {name}, {what}", Ratio.of(times[name], times[OURS]), 1.0)
+                for name in contestants
+                if name != OURS
+            ]
     return rows
+
+
+def installed_layers(layer: SparseLinear, sparsity: float) -> dict[str, nn.Module]:
+    """Sparse layers of other packages, of those that are installed."""
+    found: dict[str, nn.Module] = {}
+    with contextlib.suppress(ImportError):
+        from sparseprop.modules import SparseLinear as SparsePropLinear  # pyrefly: ignore[missing-import]
+
+        found["SparseProp"] = SparsePropLinear(dense_weight=layer.weight.detach().clone(), bias=nn.Parameter(layer.bias.detach().clone()))
+    with contextlib.suppress(ImportError):
+        from sparselab import SparseLinear as SparseLabLinear  # pyrefly: ignore[missing-import]
+
+        found["SparseLab"] = SparseLabLinear(layer.in_features, layer.out_features, sparsity=sparsity)
+    return found
+
+
+def csr_products(weight: Tensor, x: Tensor) -> dict[str, Callable[[int], Any]]:
+    """CSR times the activations, which are given transposed, as it wants them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        csr, turned = weight.to_sparse_csr(), x.t().contiguous()
+    found: dict[str, Callable[[int], Any]] = {"torch CSR": lambda _: csr @ turned}
+    with contextlib.suppress(ImportError):
+        from scipy.sparse import csr_matrix  # pyrefly: ignore[missing-import]
+
+        matrix, array = csr_matrix(weight.numpy()), turned.numpy()
+        found["scipy CSR"] = lambda _: matrix @ array
+    return found
 
 
 def streams(rounds: int) -> list[Row]:
@@ -259,7 +284,7 @@ TABLES = {
     "threads": (two_threads, "Two threads: share of the one-thread ratio that is kept (768 -> 3072, 2,048 tokens, wall-clock)"),
     "streams": (streams, f"Building a stream of a 768 -> 3072 layer from its mask ({1000 * REBUILT:g} ms over its time)"),
     "block": (block, "A GPT-2-small block, forward and backward; one thread"),
-    "rivals": (rivals, "The forward product against other sparse products (768 -> 3072, 512 tokens, float32; their time over ours)"),
+    "rivals": (rivals, "Other sparse layers and products (768 -> 3072, 512 tokens, float32; their time over ours)"),
 }
 
 

@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in MODELS:
+        for number, model in enumerate(MODELS):
             if args.only is None or model.startswith(args.only):
-                results.append(compare(Path(folder), model, args.rounds))
+                results.append(compare(Path(folder) / str(number), model, args.rounds))
                 print(report(results[-1]), flush=True)
     if args.out:
         print(write(args.out, "cpu_step", {"models": results}, [report(facts) for facts in results]))
