@@ -76,7 +76,7 @@ def test_no_library_is_a_verdict_and_says_what_to_do(monkeypatch, tmp_path, caps
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "computed dense here, zeros included. There is no native library: it was not built when raysparse was installed" in text
-    assert "Install a C++ compiler" in text
+    assert "Install g++" in text
     monkeypatch.setenv(library.CHOICE, "off")
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raysparse.kernels import library
-from raysparse.kernels.library import function, pointer
+from raysparse.kernels.library import check, function, pointer
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -27,7 +27,7 @@ class Rates(ctypes.Structure):
     @classmethod
     def at(cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> "Rates":
         """Of step number `step`, from 1."""
-        assert step >= 1, step
+        check(step >= 1, step)
         size = lr / (1 - betas[0] ** step)
         root_scale = 1 / math.sqrt(1 - betas[1] ** step)
         return cls(1 - lr * weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], root_scale, eps, size)
@@ -65,14 +65,17 @@ def advance_live(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: 
     run = function("rs_adamw_live", _long, *[_pointer] * 5, *[_long] * 3, _pointer, _int)
     tensors = pointer(weight), pointer(gradient), pointer(exp_avg), pointer(exp_avg_sq), pointer(bits)
     num_live = run(*tensors, *weight.shape, exp_avg.numel(), ctypes.addressof(rates), library.threads())
-    assert num_live == exp_avg.numel(), f"{num_live} live weights, {exp_avg.numel()} moments"
+    check(num_live == exp_avg.numel(), f"{num_live} live weights, {exp_avg.numel()} moments")
 
 
 def why_not(parameters: Iterable[Tensor]) -> str | None:
     """Why these cannot be stepped natively; None where they can."""
+    parameters = list(parameters)
     if (reason := library.why_not()) is not None:
         return f"there is no native library: {reason}"
     kinds = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in parameters} - {("cpu", "float32")}
+    if any(not p.is_contiguous() for p in parameters):
+        return "it steps contiguous parameters"
     return f"it steps float32 on CPUs, not {' or '.join(f'{dtype} on {device}' for device, dtype in sorted(kinds))}" if kinds else None
 
 
@@ -91,9 +94,9 @@ class AdamW(Optimizer):
         self._bits: dict[Tensor, Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy: it has no masks until it is told."""
+        """Of a copy, which has no masks until it is told; and of ``load_state_dict``, which leaves them."""
         super().__setstate__(state)
-        self._bits = {}
+        self.__dict__.setdefault("_bits", {})
 
     def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         """From now on only these weights of these parameters live; the others' are all live. They are not part of the state.
@@ -129,12 +132,12 @@ class AdamW(Optimizer):
 
 def _check(shape: tuple[int, ...], *tensors: Tensor) -> None:
     for tensor in tensors:
-        assert tensor.dtype == torch.float32, tensor.dtype
-        assert tensor.shape == shape, f"{tuple(tensor.shape)}, not {tuple(shape)}"
-        assert tensor.layout == torch.strided, tensor.layout
+        check(tensor.dtype == torch.float32, tensor.dtype)
+        check(tensor.shape == shape, f"{tuple(tensor.shape)}, not {tuple(shape)}")
+        check(tensor.layout == torch.strided, tensor.layout)
 
 
 def _check_bits(bits: Tensor, weight: Tensor) -> None:
-    assert bits.dtype == torch.uint8, bits.dtype
-    assert weight.ndim == 2, weight.shape
-    assert bits.shape == (weight.shape[0], -(-weight.shape[1] // 8)), f"{tuple(bits.shape)} for {tuple(weight.shape)}"
+    check(bits.dtype == torch.uint8, bits.dtype)
+    check(weight.ndim == 2, weight.shape)
+    check(bits.shape == (weight.shape[0], -(-weight.shape[1] // 8)), f"{tuple(bits.shape)} for {tuple(weight.shape)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raysparse.kernels import blocks, library
+from raysparse.kernels.library import address, check, pointer
 from raysparse.kernels.spans import Rule, pieces
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -54,6 +55,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     by_head = _check(query, key, value, rules)
+    for tensor, like in ((out_grad, query), (out, query), (log_sum, _empty_logs(query))):
+        check((tensor.shape, tensor.dtype) == (like.shape, like.dtype), tensor.shape, tensor.dtype, "not", like.shape, like.dtype)
     out_grad, query, key, value, out = map(_readable, (out_grad, query, key, value, out))
     found = _empty(query), _empty(key), _empty(value)
     if _native(query):
@@ -129,13 +132,12 @@ def _native(query: Tensor) -> bool:
 def _call(direction: str, by_head: tuple[Rule, ...], scale: float, log_sum: Tensor, **tensors: Tensor) -> None:
     """The native kernel, on tensors by the names that they have in `_Problem`."""
     query = tensors["query"]
-    assert log_sum.is_contiguous(), f"{log_sum.stride()}"
     batch, heads, length, width = query.shape
     table, ranges, _kept = _table(by_head, length)
     problem = _Problem(batch, heads, heads // tensors["key"].shape[1], length, width, scale)
-    problem.log_sum, problem.pieces, problem.ranges = log_sum.data_ptr(), ctypes.addressof(table), ranges.data_ptr()
+    problem.log_sum, problem.pieces, problem.ranges = pointer(log_sum), ctypes.addressof(table), ranges.data_ptr()
     for name, tensor in tensors.items():
-        setattr(problem, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
+        setattr(problem, name, _Tensor(address(tensor), *tensor.stride()[:3]))
     run = library.function(f"rs_attention_{direction}_{DTYPES[query.dtype]}", None, ctypes.POINTER(_Problem), ctypes.c_int)
     run(ctypes.byref(problem), library.threads())
 
@@ -167,11 +169,11 @@ def _groups(by_head: tuple[Rule, ...], num_key_heads: int) -> list[tuple[Rule, T
 def _check(query: Tensor, key: Tensor, value: Tensor, rules: Tensor) -> tuple[Rule, ...]:
     """The rules by head."""
     batch, heads, length, width = query.shape
-    assert key.shape == value.shape == (batch, key.shape[1], length, width), f"{query.shape} {key.shape} {value.shape}"
-    assert min(heads, length, width) > 0, f"{query.shape}"
-    assert heads % key.shape[1] == 0, f"{query.shape} {key.shape}"
-    assert query.dtype == key.dtype == value.dtype, f"{query.dtype} {key.dtype} {value.dtype}"
-    assert (rules.shape, rules.dtype) == ((heads, 4), torch.int64), f"{rules.shape} {rules.dtype}"
+    check(key.shape == value.shape == (batch, key.shape[1], length, width), f"{query.shape} {key.shape} {value.shape}")
+    check(min(heads, length, width) > 0, query.shape)
+    check(heads % key.shape[1] == 0, f"{query.shape} {key.shape}")
+    check(query.dtype == key.dtype == value.dtype, f"{query.dtype} {key.dtype} {value.dtype}")
+    check((rules.shape, rules.dtype) == ((heads, 4), torch.int64), f"{rules.shape} {rules.dtype}")
     return tuple((a, b, c, d) for a, b, c, d in rules.tolist())
 
 

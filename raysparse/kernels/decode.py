@@ -4,14 +4,15 @@ A weight [rows, cols] is kept in one of three ways (`Kind`): ``bits``, one bit a
 16-bit column and a value for each live weight; ``dense``. Its elements are float32, bfloat16 or int8 with a float32 scale for each
 row. Activations are float32, with bfloat16 weights bfloat16.
 
-With int8 the activations x of a token become integers q = round(x 32512 / max|x|), 16 bits in two bytes. Their products with the weights
+Up to `FEW_TOKENS` tokens run in the native library, more, and all without it, as dense products of unpacked weights. Natively and
+with int8 the activations x of a token become integers q = round(x 32512 / max|x|), 16 bits in two bytes. Their products with the weights
 are summed exactly, to the same bits on every machine; q is off by 2^-16 of the largest activation at most. A token with an
 activation that is not finite gives NaN. With floats a dead weight takes no part: it hides an infinite activation, where 0 * inf would
 be NaN.
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysparse.kernels import library
+from raysparse.kernels.library import address, check, pointer
 
 Kind = Literal["bits", "columns", "dense"]
 
@@ -59,6 +61,10 @@ class Packed:
     columns: Tensor | None = None
     scale: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a copy finds its own native functions."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def kind(self) -> Kind:
         return "dense" if self.starts is None else "bits" if self.columns is None else "columns"
@@ -78,7 +84,7 @@ class Packed:
         """The weight as native functions take it, for as long as this object lives."""
         tensors = (self.bits, self.columns, self.starts, self.values, self.scale)
         few = self.bits is not None and self.scale is not None and _most_of_64(self.bits) <= 32
-        return ctypes.byref(_Native(self.rows, self.cols, *map(library.pointer, tensors), few))
+        return ctypes.byref(_Native(self.rows, self.cols, *map(pointer, tensors), few))
 
     @cached_property
     def _decode(self) -> Any:
@@ -154,23 +160,23 @@ def linear(weight: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The same bits for any number of threads up to `FEW_TOKENS` tokens; with int8 also whatever other tokens there are.
     """
-    assert (x.is_cpu, x.dtype, x.shape[-1]) == (True, weight.dtype, weight.cols), f"{x.device} {x.dtype} {x.shape}"
-    assert not x.requires_grad
-    assert bias is None or (bias.dtype == weight.dtype and bias.shape == (weight.rows,)), f"{bias.dtype} {bias.shape}"
+    check((x.is_cpu, x.dtype, x.shape[-1]) == (True, weight.dtype, weight.cols), f"{x.device} {x.dtype} {x.shape}")
+    check(not x.requires_grad, "an input that requires a gradient")
+    check(bias is None or (bias.dtype, bias.shape) == (weight.dtype, (weight.rows,)), "a bias that does not fit")
     leading = x.shape[:-1]
     x, y, tokens = x.contiguous(), x.new_empty((*leading, weight.rows)), leading.numel()
     if tokens > FEW_TOKENS or not library.available():
         _many(weight, x.view(tokens, weight.cols), bias, y.view(tokens, weight.rows))
     else:
         threads = _threads(weight.rows * weight.cols)
-        weight._decode(weight._native, library.pointer(bias), tokens, x.data_ptr(), y.data_ptr(), threads)
+        weight._decode(weight._native, pointer(bias), tokens, address(x), y.data_ptr(), threads)
     return y
 
 
 def unpack(weight: Packed, first: int = 0, last: int | None = None) -> Tensor:
     """Rows `first` to `last` (all) as a dense weight: [last - first, cols], of `weight.dtype`."""
     last = weight.rows if last is None else last
-    assert 0 <= first <= last <= weight.rows, (first, last)
+    check(0 <= first <= last <= weight.rows, (first, last))
     if weight.starts is None:
         return _scaled(weight, weight.values[first:last], first, last)
     if library.available():

@@ -39,7 +39,7 @@ def load() -> ctypes.CDLL:
     if wanted and wanted not in VARIANTS:
         raise Missing(f"{CHOICE} is {wanted!r}, not one of {', '.join(VARIANTS)}, off")
     if not path("baseline").exists():
-        raise Missing("it was not built when raysparse was installed: that needs Linux and a C++ compiler (g++ or clang++)")
+        raise Missing("it was not built when raysparse was installed: that needs Linux and g++")
     _share_openmp()
     best = _best(_open("baseline"))
     usable = VARIANTS[VARIANTS.index(best) :]
@@ -80,13 +80,26 @@ def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     return found
 
 
+def check(sound: bool, *got: object) -> None:
+    """A ValueError that says what was got, unless it is sound: kernels trust their arguments, so ``python -O`` checks them too."""
+    if not sound:
+        raise ValueError(" ".join(map(str, got)))
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous CPU tensor's first element; None for None."""
     if tensor is None:
         return None
-    assert tensor.device.type == "cpu", tensor.device
-    assert tensor.is_contiguous(), f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-    return tensor.data_ptr()
+    check(tensor.is_contiguous(), tuple(tensor.shape), "with strides", tensor.stride())
+    return address(tensor)
+
+
+def address(tensor: Tensor) -> int:
+    """Of the first element of a CPU tensor of any strides: a multiple of its size."""
+    check(tensor.is_cpu, tensor.device)
+    found = tensor.data_ptr()
+    check(found % tensor.element_size() == 0, f"{tensor.dtype} at the address {found:#x}, between two of them")
+    return found
 
 
 def threads() -> int:

@@ -8,6 +8,7 @@ with the gathered weights) work as with any other operator.
 
 import itertools
 import weakref
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysparse.kernels.library import check
 from raysparse.kernels.stream import Stream, Use
 
 
@@ -60,6 +62,7 @@ class SparseLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a layer of its own."""
         super().__setstate__(state)
+        self._streams = {use: copy(stream) for use, stream in self._streams.items()}
         self.release()
         _register(self)
 
@@ -191,8 +194,10 @@ torch.library.register_autocast("raysparse::linear", "cpu", torch.bfloat16)
 
 
 def _layer(weight: Tensor, number: Tensor) -> SparseLinear:
-    layer = _LAYERS[int(number)]
-    assert weight.shape == (layer.out_features, layer.in_features), f"{tuple(weight.shape)}"
+    layer = _LAYERS.get(int(number))
+    if layer is None:
+        raise RuntimeError("Expected a layer that lives until its backward pass. Got one that is gone. Keep a reference to its model.")
+    check(weight.shape == (layer.out_features, layer.in_features), tuple(weight.shape))
     return layer
 
 

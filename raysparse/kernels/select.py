@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raysparse.kernels import library
-from raysparse.kernels.library import function, pointer
+from raysparse.kernels.library import check, function, pointer
 
 MAX_BITS = 11
 """Of a digit."""
@@ -25,8 +25,8 @@ def count_digits(keys: Tensor, eligible: Tensor | None, shift: int, bits: int) -
         eligible: [n] bool; None: all.
     """
     _check(keys, eligible)
-    assert 0 < bits <= MAX_BITS, bits
-    assert 0 <= shift <= 31 - bits, shift
+    check(0 < bits <= MAX_BITS, bits)
+    check(0 <= shift <= 31 - bits, shift)
     counts = torch.empty(1 << bits, dtype=torch.int64)
     run = function("rs_count_digits", None, _pointer, _pointer, _long, _int, _int, _pointer, _int)
     run(pointer(keys), pointer(eligible), keys.numel(), shift, bits, pointer(counts), library.threads())
@@ -48,8 +48,8 @@ def choose(
         [n] bool; [listed] int64 indices, rising, and [listed] int32 keys; how many were chosen.
     """
     _check(keys, eligible)
-    assert 0 <= shift < 31, shift
-    assert 0 <= low <= high <= 1 << 31, (low, high)
+    check(0 <= shift < 31, shift)
+    check(0 <= low <= high <= 1 << 31, (low, high))
     mask = torch.empty_like(eligible) if mask is None else mask
     _check(keys, mask)
     chosen = torch.empty(1, dtype=torch.int64)
@@ -72,19 +72,19 @@ def refine(mask: Tensor, index: Tensor, listed: Tensor, shift: int, bits: int, d
         index, listed: [m], as `choose` made them; overwritten.
     """
     _check(listed, None)
-    assert mask.dtype == torch.bool, mask.dtype
-    assert index.dtype == torch.int64, index.dtype
-    assert index.shape == listed.shape, f"{index.shape} {listed.shape}"
-    assert 0 < bits <= MAX_BITS, bits
-    assert 0 <= shift <= 31 - bits, shift
+    check(mask.dtype == torch.bool, mask.dtype)
+    check(index.dtype == torch.int64, index.dtype)
+    check(index.shape == listed.shape, f"{index.shape} {listed.shape}")
+    check(0 < bits <= MAX_BITS, bits)
+    check(0 <= shift <= 31 - bits, shift)
     run = function("rs_refine", _long, _pointer, _pointer, _long, _int, _int, _digit, _pointer, _long)
     kept = run(pointer(index), pointer(listed), index.numel(), shift, bits, digit, pointer(mask), mask.numel())
     return index[:kept], listed[:kept]
 
 
 def _check(keys: Tensor, eligible: Tensor | None) -> None:
-    assert keys.dtype == torch.int32, keys.dtype
-    assert keys.ndim == 1, keys.shape
+    check(keys.dtype == torch.int32, keys.dtype)
+    check(keys.ndim == 1, keys.shape)
     if eligible is not None:
-        assert eligible.dtype == torch.bool, eligible.dtype
-        assert eligible.shape == keys.shape, f"{eligible.shape} {keys.shape}"
+        check(eligible.dtype == torch.bool, eligible.dtype)
+        check(eligible.shape == keys.shape, f"{eligible.shape} {keys.shape}")

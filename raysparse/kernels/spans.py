@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raysparse.kernels.library import check
+
 Rule = tuple[int, int, int, int]
 """Width, stride, block and column. Query q sees key k <= q where ``q - k < width``, ``(q - k) mod stride = 0``,
 ``floor(q / block) = floor(k / block)`` or ``k mod column = column - 1``; width 1 and block 1 say nothing, nor do a stride and a column as
@@ -38,7 +40,7 @@ def pieces(rule: Rule, length: int) -> tuple[Piece, ...]:
     A piece that shows nobody anything is left out, and where every key is seen there is one piece.
     """
     width, stride, block, column = rule
-    assert min(*rule, length) >= 1, f"{rule} {length}"
+    check(min(*rule, length) >= 1, f"{rule} {length}")
     assert stride >= length or (block == 1 and column >= length), f"strided keys go with near ones alone: {rule}"
     at = torch.arange(length)
     start = torch.minimum(at - width + 1, at // block * block).clamp(min=0)  # of the span

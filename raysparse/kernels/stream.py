@@ -1,6 +1,7 @@
 """A sparse weight as a stream of its non-zeros: what the native matrix products run on (layout: `native/stream.h`)."""
 
 import ctypes
+import threading
 import weakref
 from enum import IntEnum
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raysparse.kernels import library
-from raysparse.kernels.library import function, pointer
+from raysparse.kernels.library import check, function, pointer
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -42,11 +43,11 @@ class Stream:
             bits: [out, ceil(cols / 8)] uint8, the mask of the weight: lowest bit first, every row padded to whole bytes.
             cols: inputs of the weight.
         """
-        assert bits.dtype == torch.uint8, bits.dtype
-        assert bits.shape == (bits.shape[0], -(-cols // 8)), f"{tuple(bits.shape)} for {cols} columns"
+        check(bits.dtype == torch.uint8, bits.dtype)
+        check(bits.shape == (bits.shape[0], -(-cols // 8)), f"{tuple(bits.shape)} for {cols} columns")
         self.shape, self.dtype, self.use, self._bits = (bits.shape[0], cols), dtype, use, bits
         new = function("rs_stream_new", _pointer, _pointer, _long, _long, _int, _int)
-        self._loaded = False
+        self._loaded, self._lock = False, threading.Lock()
         self._handle = new(pointer(bits), *self.shape, use, DTYPES[dtype] == "bf16")
         weakref.finalize(self, function("rs_stream_free", None, _pointer), self._handle)
         self.grain: int = function("rs_stream_grain", _int, _pointer)(self._handle)
@@ -62,10 +63,12 @@ class Stream:
 
     def load(self, weight: Tensor) -> None:
         """Take over the values of the weight ([out, in]) for the products to come; dead weights are not read."""
-        assert self.use is not Use.GRADIENT
+        check(self.use is not Use.GRADIENT, f"a stream for {self.use.name}")
         self._check(weight, self.shape)
-        function(f"rs_load_{DTYPES[self.dtype]}", None, _pointer, _pointer, _int)(self._handle, pointer(weight), library.threads())
-        self._loaded = True
+        run = function(f"rs_load_{DTYPES[self.dtype]}", None, _pointer, _pointer, _int)
+        with self._lock:
+            run(self._handle, pointer(weight), library.threads())
+            self._loaded = True
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias`` (FORWARD), ``x W`` (BACKWARD), with the weight that was loaded last.
@@ -77,18 +80,19 @@ class Stream:
         Returns:
             [tokens, out]; BACKWARD: [tokens, in]. Sums are float32, rounded once to the dtype.
         """
-        assert self._loaded, "no weight was loaded"
+        check(self._loaded, "no weight was loaded")
         rows, cols = self.shape if self.use is Use.FORWARD else self.shape[::-1]
         self._check(x, (x.shape[0], cols))
         y = x.new_empty(x.shape[0], rows)
         if bias is not None:
-            assert self.use is Use.FORWARD, self.use
-            assert bias.shape == (rows,), f"{tuple(bias.shape)}, not {rows}"
+            check(self.use is Use.FORWARD, f"a stream for {self.use.name}")
+            check(bias.shape == (rows,), f"{tuple(bias.shape)}, not {rows}")
             bias = bias.float().contiguous()
         if cols == 0:
             return y.zero_() if bias is None else y.copy_(bias)
         run = function(f"rs_multiply_{DTYPES[self.dtype]}", None, _pointer, _pointer, _long, _pointer, _pointer, _int)
-        run(self._handle, pointer(x), x.shape[0], pointer(bias), pointer(y), library.threads())
+        with self._lock:  # another thread may load
+            run(self._handle, pointer(x), x.shape[0], pointer(bias), pointer(y), library.threads())
         return y
 
     def gradient(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class Stream:
         Returns:
             [out, in].
         """
-        assert self.use is Use.GRADIENT
+        check(self.use is Use.GRADIENT, f"a stream for {self.use.name}")
         self._check(x, (x.shape[0], self.shape[1]))
         self._check(dy, (x.shape[0], self.shape[0]))
         out = x.new_empty(self.shape)
@@ -111,4 +115,4 @@ class Stream:
         return out
 
     def _check(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        assert (tensor.dtype, tuple(tensor.shape)) == (self.dtype, shape), f"{tensor.dtype} {tuple(tensor.shape)}, not {self.dtype} {shape}"
+        check((tensor.dtype, tuple(tensor.shape)) == (self.dtype, shape), f"{tensor.dtype} {tuple(tensor.shape)}, not {self.dtype} {shape}")

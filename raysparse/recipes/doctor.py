@@ -19,7 +19,7 @@ SIZE, TOKENS, SPARSITY = 768, 256, 0.75
 """Of the layer of the self-test: [SIZE, SIZE]."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of the largest number of a result: how far sparse and dense may lie apart, as float32 sums in another order and rounding do."""
-COMPILE = "Install a C++ compiler (Debian: apt install g++) and raysparse again (in its folder: pip install --no-deps -e .)."
+COMPILE = "Install g++ (Debian: apt install g++) and raysparse again (in its folder: pip install --no-deps -e .)."
 
 
 def examine() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _test(dtype: torch.dtype) -> dict[str, Any]:
             layer.sparsify(pack(mask), dtype, SPARSE)
         y = layer(x.requires_grad_())
         dx, dw = torch.autograd.grad(y, (x, layer.weight), dy)
-        results.append((y.detach(), dx, dw * mask))
+        results.append((y.detach(), dx, dw if sparse else dw * mask))
     error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True))
     gains = choice.measure(pack(mask), SIZE, dtype, TOKENS)
     return {"right": error <= TOLERANCE[dtype], "error": error, "gains": asdict(gains)}

@@ -35,7 +35,7 @@ def check_kernels(mode: KernelMode, run: RunConfig) -> None:
     if (reason := library.why_not()) is not None:
         raise ConfigError(
             f"Expected the native kernels for kernels=sparse. Got none: {reason}. "
-            "Install a C++ compiler and raysparse again, or use kernels=auto. `raysparse doctor` shows what is there."
+            "Install g++ and raysparse again, or use kernels=auto. `raysparse doctor` shows what is there."
         )
 
 

@@ -60,6 +60,8 @@ def train(t: Training, state: State) -> State:
         state.losses |= t.checkpointer.load(t.checkpointer.path(state.best_step))["state"]["losses"]
         if t.keeper is not None:
             t.keeper.count()
+            if t.kernels is not None:
+                t.kernels.refresh(t.keeper.topology, t.nnz, t.sharded)
     return state
 
 

@@ -249,5 +249,5 @@ def test_torch_takes_one_block_for_short_rows_and_causal_attention_where_all_is_
 )
 def test_native_code_is_not_entered_with_what_does_not_fit(change):
     query, key, value, _ = (tensor.detach() for tensor in inputs(1, 4, 4, 150, 8))
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"\w"):
         attention(*change(query, key, value, rules_of(BLOCKED)), 0.3)

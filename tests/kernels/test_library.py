@@ -39,7 +39,7 @@ def test_a_build_that_is_missing_is_made_up_for_by_the_next(native, fresh, monke
 
 def test_none_was_built(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(library, "FOLDER", tmp_path)
-    assert library.why_not() == "it was not built when raysparse was installed: that needs Linux and a C++ compiler (g++ or clang++)"
+    assert library.why_not() == "it was not built when raysparse was installed: that needs Linux and g++"
     assert not library.available()
 
 
@@ -101,9 +101,9 @@ def test_pointers_are_of_contiguous_tensors_here(native):
     x = torch.ones(3, 4)
     assert library.pointer(None) is None
     assert library.pointer(x[1:]) == x.data_ptr() + 16
-    with pytest.raises(AssertionError, match=r"strides \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"strides \(1, 4\)"):
         library.pointer(x.t())
-    with pytest.raises(AssertionError, match="meta"):
+    with pytest.raises(ValueError, match="meta"):
         library.pointer(x.to("meta"))
 
 

@@ -31,9 +31,8 @@ INLINE four fold(floats x) {
 }
 INLINE void add_totals(float* to, const Sums s[4], int count) {
   four a = fold(s[0]), b = fold(s[1]), c = fold(s[2]), d = fold(s[3]), old = {};
-  four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  four total = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  four ab = four{a[0], b[0], a[1], b[1]} + four{a[2], b[2], a[3], b[3]}, cd = four{c[0], d[0], c[1], d[1]} + four{c[2], d[2], c[3], d[3]};
+  four total = four{ab[0], ab[1], cd[0], cd[1]} + four{ab[2], ab[3], cd[2], cd[3]};
   memcpy(&old, to, (size_t)count * 4);
   old += total;
   memcpy(to, &old, (size_t)count * 4);

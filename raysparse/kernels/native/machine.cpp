@@ -19,7 +19,13 @@ API const char* rs_best_variant() {
 }
 
 void* scratch(size_t bytes, int slot) {
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr size_t page = 64;
+  constexpr bool exact = true;  // new memory for each call, of this size: an access beyond it is seen
+#else
   constexpr size_t page = 2u << 20;
+  constexpr bool exact = false;
+#endif
   struct Memory {
     void* start[8] = {};
     size_t size[8] = {};
@@ -28,13 +34,13 @@ void* scratch(size_t bytes, int slot) {
     }
   };
   static thread_local Memory memory;
-  if (!memory.start[slot] || memory.size[slot] < bytes) {
+  if (!memory.start[slot] || memory.size[slot] < bytes || exact) {
     free(memory.start[slot]);
-    memory.size[slot] = bytes ? (bytes + page - 1) / page * page : page;  // an empty array has an address too
-    memory.start[slot] = aligned_alloc(page, memory.size[slot]);
-    if (!memory.start[slot]) abort();
+    memory.size[slot] = exact ? bytes : (bytes + page - 1) / page * page;
+    if (posix_memalign(&memory.start[slot], page, memory.size[slot] ? memory.size[slot] : 1)) abort();
+    if (exact) memset(memory.start[slot], 0xff, bytes);  // NaNs
 #if defined(MADV_HUGEPAGE)
-    madvise(memory.start[slot], memory.size[slot], MADV_HUGEPAGE);
+    if (!exact) madvise(memory.start[slot], memory.size[slot], MADV_HUGEPAGE);
 #endif
   }
   return memory.start[slot];

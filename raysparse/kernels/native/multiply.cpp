@@ -43,7 +43,6 @@ template <int GRAIN, class Weight, class Value> void load_tile(const Stream& s, 
 }
 
 template <class Weight, class Value> void load(Stream& s, const Weight* weight, int threads) {
-  s.values.resize((size_t)(s.entries() * s.grain) * sizeof(Value));
   Value* values = (Value*)s.values.data();
   int64_t tiles = s.row_blocks() * s.col_blocks();
   bool turned = s.col_step > 1;

@@ -122,6 +122,7 @@ API Stream* rs_stream_new(const uint8_t* packed, int64_t rows, int64_t cols, int
   s->tiles.push_back(0);
   for (int64_t r = 0; r < s->row_blocks(); r++)
     for (int64_t c = 0; c < s->col_blocks(); c++) append_tile(*s, bits, r, c);
+  if (use != GRADIENT) s->values.resize((size_t)(s->entries() * s->grain) * (s->paired ? sizeof(bf16) : sizeof(float)));
   return s;
 }
 
