@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb == "doctor":
             return _doctor(args)
         if args.verb == "generate":
-            args.words = [f"prompt={json.dumps(word[7:])}" if word.startswith("prompt=") else word for word in args.words]
+            args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
             args.words.append(f"format={args.format}")
         files = [word for word in args.words if "=" not in word or (word[:7] != "prompt=" and Path(word).is_file())]
@@ -183,6 +183,11 @@ def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str
     if args.dry_run:
         return compare.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
     return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
+
+
+def _literal(prompt: str) -> str:
+    """The override ``prompt=TEXT``, quoted so that YAML takes it as it stands."""
+    return f"prompt={json.dumps(prompt.removeprefix('prompt='), ensure_ascii=False)}"
 
 
 def _masks(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysparse.kernels import library
-from raysparse.kernels.linear import Products
+from raysparse.kernels.linear import Products, mask_of, zero_dead
 from raysparse.kernels.stream import DTYPES, Stream, Use
 
 ROUNDS = 5
@@ -43,7 +43,8 @@ def case(bits: Tensor, cols: int, nnz: int, dtype: torch.dtype, tokens: int) -> 
 def measure(bits: Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
     """Time the three products of one layer, dense and sparse in turn.
 
-    Sparse times include reading the live values out of the dense weight, and the sparse gradient is written as a dense tensor.
+    Sparse times include reading the live values out of the dense weight, and the sparse gradient is written as a dense tensor; dense
+    times include zeroing the dead gradients.
 
     Args:
         bits: [out, ceil(cols / 8)] uint8, the mask.
@@ -52,7 +53,7 @@ def measure(bits: Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
     rows, tokens = bits.shape[0], max(1, min(tokens, LONGEST))
     generator = torch.Generator().manual_seed(0)
     weight, x, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, cols), (tokens, cols), (tokens, rows)))
-    streams = {use: Stream(bits, cols, dtype, use) for use in Use}
+    streams, mask = {use: Stream(bits, cols, dtype, use) for use in Use}, mask_of(bits, cols)
 
     def multiply(use: Use, activations: Tensor) -> Tensor:
         streams[use].load(weight)
@@ -61,7 +62,7 @@ def measure(bits: Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
     return Gains(
         forward=_gain(lambda: F.linear(x, weight), lambda: multiply(Use.FORWARD, x)),
         backward=_gain(lambda: dy @ weight, lambda: multiply(Use.BACKWARD, dy)),
-        gradient=_gain(lambda: dy.t() @ x, lambda: streams[Use.GRADIENT].gradient(x, dy)),
+        gradient=_gain(lambda: zero_dead(dy.t() @ x, mask), lambda: streams[Use.GRADIENT].gradient(x, dy)),
     )
 
 

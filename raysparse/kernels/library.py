@@ -109,7 +109,10 @@ def threads() -> int:
 
 def openmp() -> list[Path]:
     """The OpenMP libraries in this process, torch's first: several only where another package brought its own."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
+    table = Path("/proc/self/maps")
+    if not table.exists():  # not Linux: there is no native library either
+        return []
+    maps = table.read_text().splitlines()
     files = dict.fromkeys(Path(line.split(maxsplit=5)[5]) for line in maps if "/" in line)
     found = [file for file in files if file.name.startswith(("libgomp", "libiomp5", "libomp"))]
     return sorted(found, key=lambda file: Path(torch.__file__).parent not in file.parents)

@@ -119,10 +119,13 @@ def score_model(
     model.config.use_cache = True
     mine = list(range(run.rank, len(examples), run.world_size))
     prompts = encode_prompts([examples[i] for i in mine], tokenizer, task, context, generation.max_new_tokens)
-    answers: list[Any] = [None] * run.world_size
-    dist.all_gather_object(answers, dict(zip(mine, generate(model, tokenizer, prompts, generation, run.rank == 0), strict=True)))
-    merged = {index: answer for part in answers for index, answer in part.items()}
+    parts: list[Any] = [None] * run.world_size
+    began = time.perf_counter()
+    answers = dict(zip(mine, generate(model, tokenizer, prompts, generation, run.rank == 0), strict=True))
+    dist.all_gather_object(parts, (answers, time.perf_counter() - began))
+    merged = {index: answer for part, _ in parts for index, answer in part.items()}
     hypotheses = [merged[i] for i in range(len(examples))]
+    num_tokens = sum(map(len, tokenizer(hypotheses)["input_ids"])) if hypotheses else 0
     references = [example.references for example in examples]
     guesses = [task.baseline(example) for example in examples]
     if run.rank == 0:
@@ -136,6 +139,7 @@ def score_model(
         "primary": task.primary,
         "split": evaluation.split,
         "num_examples": len(examples),
+        "tokens_per_s": num_tokens / max(seconds for _, seconds in parts),
         "scores": score(task.metrics, hypotheses, references),
         "baseline": score(task.metrics, guesses, references),
     }

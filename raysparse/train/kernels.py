@@ -39,6 +39,19 @@ def check_kernels(mode: KernelMode, run: RunConfig) -> None:
         )
 
 
+def why_not() -> str | None:
+    """Why the ranks cannot compute natively, all in the same way; None where they can. Every rank calls this."""
+    reason = library.why_not()
+    builds: list[Any] = [library.variant() if reason is None else f"none ({reason})"]
+    if dist.is_initialized():
+        builds = builds * dist.get_world_size()
+        dist.all_gather_object(builds, builds[dist.get_rank()])
+    if len(set(builds)) > 1:
+        found = ", ".join(f"rank {rank}: {build}" for rank, build in enumerate(builds))
+        return f"The ranks do not share a native library: {found}; {library.CHOICE}=baseline makes them where all have one"
+    return None if reason is None else f"There is no native library: {reason}"
+
+
 class Kernels:
     """The sparse layers of a model in training on one rank.
 
@@ -78,8 +91,10 @@ class Kernels:
         """
         if mode == "dense" or (mode == "auto" and config.parity) or (device := resolve_device(config)) != "cpu":
             return None
-        if (reason := library.why_not()) is not None:
-            run.show({"text": f"kernels: dense, zeros are multiplied. There is no native library: {reason}"})
+        if (reason := why_not()) is not None:
+            if mode == "sparse":
+                raise ConfigError(f"Expected the native kernels on all ranks for kernels=sparse. Got: {reason}. Use kernels=auto.")
+            run.show({"text": f"kernels: dense, zeros are multiplied. {reason}"})
             return None
         of = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
         layers: dict[str, list[SparseLinear]] = {}

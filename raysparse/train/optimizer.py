@@ -13,6 +13,7 @@ from raysparse.config import Config, ConfigError
 from raysparse.kernels import adamw
 from raysparse.length import Length
 from raysparse.sparsity.topology import pack
+from raysparse.train.kernels import why_not
 from raysparse.train.shard import Sharded
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -114,7 +115,8 @@ def set_masks(sharded: Sharded, optimizer: Optimizer, masks: Mapping[str, Tensor
 def _implementation(config: OptimizerConfig, parity: bool, parameters: list[Tensor]) -> str:
     if config.implementation in ("fused", "foreach"):
         return config.implementation
-    reason = adamw.why_not(parameters)
+    shared = why_not()  # first, for all ranks call it
+    reason = adamw.why_not(parameters) or shared
     if reason is None:
         return "native"
     if config.implementation == "native":

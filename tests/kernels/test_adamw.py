@@ -247,6 +247,19 @@ def test_a_copy_has_no_masks(native):
     assert (copy.param_groups[0]["params"][0] != 0).all()
 
 
+def test_loading_a_state_leaves_the_masks(native):
+    module = model()
+    optimizer = AdamW(module.parameters())
+    optimizer.set_masks({module[0].weight: torch.zeros(17, 2, dtype=torch.uint8)})
+    optimizer.load_state_dict(optimizer.state_dict())
+    trained(module, optimizer, 1)
+    assert not module[0].weight.any()
+
+
+def test_parameters_that_are_not_contiguous_are_not_for_it(native):
+    assert adamw.why_not([torch.zeros(3, 4).t()]) == "it steps contiguous parameters"
+
+
 def test_hooks_and_closure(native):
     module, seen = model(), []
     optimizer = AdamW(module.parameters())

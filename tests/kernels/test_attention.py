@@ -251,3 +251,14 @@ def test_native_code_is_not_entered_with_what_does_not_fit(change):
     query, key, value, _ = (tensor.detach() for tensor in inputs(1, 4, 4, 150, 8))
     with pytest.raises(ValueError, match=r"\w"):
         attention(*change(query, key, value, rules_of(BLOCKED)), 0.3)
+
+
+@pytest.mark.parametrize("which", ["out_grad", "out", "log_sum"])
+@pytest.mark.parametrize("change", [lambda tensor: tensor[:, :1], lambda tensor: tensor.double()])
+def test_gradients_of_another_shape_or_dtype_are_refused(which, change):
+    query, key, value, _ = (tensor.detach() for tensor in inputs(1, 4, 4, 150, 8))
+    out, log_sum = attention(query, key, value, rules_of(BLOCKED), 0.3)
+    given = {"out_grad": out, "out": out, "log_sum": log_sum}
+    given[which] = change(given[which])
+    with pytest.raises(ValueError, match=r"not torch\.Size"):
+        torch.ops.raysparse.attention_backward(given["out_grad"], query, key, value, rules_of(BLOCKED), given["out"], given["log_sum"], 0.3)

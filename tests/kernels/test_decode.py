@@ -1,5 +1,7 @@
 """Products with packed weights are products with the weights: of every kind and type, on every build, and without a native library."""
 
+import copy
+import pickle
 import random
 from dataclasses import replace
 from typing import Any
@@ -252,6 +254,13 @@ def test_without_a_library_the_results_are_the_same(dtype, kind, monkeypatch):
     torch.testing.assert_close(decode.linear(weight, x, bias), with_library, rtol=tolerance, atol=tolerance)
     monkeypatch.undo()
     forget()
+
+
+def test_a_used_weight_can_be_copied_and_pickled():
+    x = torch.randn(2, 70)
+    expected = decode.linear(BITS, x)
+    for other in (copy.deepcopy(BITS), pickle.loads(pickle.dumps(BITS))):
+        assert torch.equal(decode.linear(other, x), expected)
 
 
 def test_what_only_a_program_can_get_wrong():

@@ -1,6 +1,7 @@
 """A linear layer that skips its zeros is a linear layer: to autograd, to the compiler, to FSDP2 and to transformers' models."""
 
 import gc
+import threading
 import weakref
 from copy import deepcopy
 from itertools import product
@@ -259,6 +260,45 @@ def test_a_layer_that_is_gone_leaves_nothing():
     gc.collect()
     assert stream() is None
     assert number not in linear._LAYERS
+
+
+def test_a_layer_that_is_gone_before_its_backward_pass_says_so():
+    other = sparse(*masked(50, 70))
+    y = other(torch.randn(3, 70, requires_grad=True))
+    del other
+    gc.collect()
+    with pytest.raises(RuntimeError, match="Keep a reference to its model"):
+        y.sum().backward()
+
+
+def test_threads_may_share_a_layer(native):
+    """The first pass loads the values; none may see them half loaded, nor memory move under it."""
+    layer, mask = masked(600, 500)
+    other, x = sparse(layer, mask), torch.randn(4, 500)
+    expected, start, found = layer(x).detach(), threading.Barrier(4), []
+
+    def run():
+        with torch.no_grad():
+            start.wait()
+            found.extend(other(x) for _ in range(8))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 32
+    for y in found:
+        torch.testing.assert_close(y, expected)
+
+
+def test_input_of_another_width_or_between_addresses_is_refused(native):
+    other = sparse(*masked(50, 70))
+    with pytest.raises((ValueError, RuntimeError), match=r"70|shape"):
+        other(torch.ones(2, 60))
+    odd = torch.frombuffer(bytearray(4 * 140 + 1), dtype=torch.float32, offset=1).view(2, 70)
+    with pytest.raises(ValueError, match="between two of them"):
+        other(odd)
 
 
 @pytest.mark.parametrize("wrong", [nn.Bilinear(2, 3, 4), adopt(nn.Linear(2, 3)), nn.modules.linear.NonDynamicallyQuantizableLinear(2, 3)])

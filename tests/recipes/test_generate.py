@@ -71,7 +71,7 @@ def test_from_a_run_to_text(capsys, run, tmp_path):
     assert first.read_bytes() == second.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["format=packed", "int8", "packed"]
 
-    prompt = "prompt=live: dead = 1"  # no YAML, and taken as it is
+    prompt = "prompt=live: dead = 1 \U0001f600"  # no YAML, and taken as it is
     dense = generated(capsys, f"model={run}", prompt, "weights=dense")
     assert dense["kinds"] == {"torch": 9}
     for words in ([f"model={run}"], [f"model={run}", "weights=packed"], [f"model={tmp_path / 'packed'}"]):

@@ -15,7 +15,7 @@ from raysparse.kernels import choice, library
 from raysparse.kernels.choice import Gains
 from raysparse.kernels.linear import SPARSE as ALL_SPARSE
 from raysparse.kernels.linear import SparseLinear
-from raysparse.train.kernels import FILE, Kernels, check_kernels
+from raysparse.train.kernels import FILE, Kernels, check_kernels, why_not
 from raysparse.train.loop import forward_backward, train, update, validate
 from raysparse.train.run import RunConfig
 from tests.ranks import spawn
@@ -232,7 +232,7 @@ def test_sparse_kernels_that_cannot_be_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"Expected run.device=cpu with kernels=sparse. Got a GPU, .* Use kernels=auto."):
         check_kernels("sparse", RunConfig(device="cuda"))
     monkeypatch.setattr(library, "why_not", lambda: "the reason")
-    with pytest.raises(ConfigError, match=r"Expected the native kernels for kernels=sparse\. Got none: the reason\. Install a C"):
+    with pytest.raises(ConfigError, match=r"Expected the native kernels for kernels=sparse\. Got none: the reason\. Install g"):
         check_kernels("sparse", RunConfig(device="cpu"))
     check_kernels("auto", RunConfig(device="cpu"))
     check_kernels("dense", RunConfig(device="cuda"))
@@ -265,3 +265,20 @@ def test_a_mixed_choice_counts_each_product(native):
     kernels._products = {"a": ALL_SPARSE, "b": type(ALL_SPARSE)(forward=True)}
     assert kernels.executed({"a": 3, "b": 5, "c": 7}, dense_gradient=False) == [{"a": 3, "b": 5}, {"a": 3}, {"a": 3}]
     assert kernels.executed({"a": 3, "b": 5, "c": 7}, dense_gradient=True) == [{"a": 3, "b": 5}, {"a": 3}, {}]
+
+
+def common(odd: str | None) -> str | None:
+    """What a group says of its native library where rank 1 has another build."""
+    if odd is not None and dist.get_rank() == 1:
+        os.environ[library.CHOICE] = odd
+        library.load.cache_clear()
+        library.function.cache_clear()
+    return why_not()
+
+
+def test_ranks_agree_on_what_they_have(native):
+    assert spawn(common, 2, None) == [None, None]
+    first, second = spawn(common, 2, "off")
+    assert first == second
+    assert first.startswith("The ranks do not share a native library: rank 0: ")
+    assert "rank 1: none (RAYSPARSE_NATIVE=off)" in first
