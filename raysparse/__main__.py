@@ -59,12 +59,12 @@ examples:
 
 
 DOCTOR_HELP = (
-    "show which kernels run on this machine, whether they are right, and how fast",
+    "show which kernels run on this machine, whether sparse layers are right, and how fast",
     """Sparse layers on a CPU skip their zeros in native code, of which raysparse builds up to three kinds when it is installed: avx512
 (with bfloat16), avx2 and baseline. Tells which is in use and why no other is, what is installed, and the outcome of a
 self-test of a second: a sparse layer against its dense twin, and the measured gain.
 
-The exit status is 0 where native kernels run and are right, else 1; training works there too, but multiplies every zero.
+The exit status is 0 where native kernels run and sparse layers are right, else 1; training works there too, but multiplies every zero.
 
 examples:
   raysparse doctor

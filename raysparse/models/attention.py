@@ -117,6 +117,11 @@ class HybridAttention:
         model.base_model.register_forward_pre_hook(hybrid._fit, with_kwargs=True)
         return hybrid
 
+    @property
+    def skips(self) -> bool:
+        """Whether scores that are not seen are not computed: on CPUs without dropout. On GPUs only blocks without any are left out."""
+        return self._way.kernel is _span_kernel
+
     def set(self, attention: AnyAttention) -> None:
         """Attend so from the next forward on. Between steps: not between a forward and its backward, which may recompute it."""
         self._attention = attention

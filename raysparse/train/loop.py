@@ -209,9 +209,10 @@ def _count(t: Training, step: int, tokens: int) -> None:
     counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step))
     dense = training_flops(t.arch, 1.0, tokens, length, convention)
     executed, reads = None, t.looks_at_dead(step)
-    if t.kernels is not None:
-        products = t.kernels.executed(t.nnz, reads)
-        thirds = [training_flops(t.arch, live, tokens, length, convention) * (1 / 3) for live in products]
+    seen = t.attention_density(step) if t.hybrid is not None and t.hybrid.skips else 1.0
+    if t.kernels is not None or seen < 1:
+        products = [{}] * 3 if t.kernels is None else t.kernels.executed(t.nnz, reads)
+        thirds = [training_flops(t.arch, live, tokens, length, convention, seen) * (1 / 3) for live in products]
         executed = thirds[0] + thirds[1] + thirds[2]
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
     t.ledger.add(counted, dense, growth, executed)

@@ -259,6 +259,13 @@ def test_executed_flops_are_those_of_the_products_that_ran(native, tmp_path):
     assert executed == pytest.approx(counted + updates / STEPS * (dense - counted) / 3, rel=1e-6)
 
 
+def test_executed_flops_leave_out_what_attention_does_not_see(tmp_path):
+    one = {"timeline": [{"name": "all", "length": "100 %", "attention": {"type": "local", "width": 2}}]}
+    ((executed, counted, dense),) = spawn(flops, 1, str(tmp_path), sections("dense"), {"target": 0.0} | one)
+    assert executed == pytest.approx(counted, rel=1e-9)
+    assert executed < dense
+
+
 def test_a_mixed_choice_counts_each_product(native):
     """Products of two layers: all sparse, and the forward pass alone."""
     kernels = Kernels.__new__(Kernels)
