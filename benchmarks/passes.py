@@ -17,7 +17,7 @@ from raysparse.sparsity.ranks import ALONE
 from raysparse.sparsity.topology import Rows, Topology, pack
 
 TIMES_TOPK = 0.2
-"""Bound: a selection over torch.topk of as many."""
+"""Bound: a selection over torch.topk of as many. An update is two selections and more."""
 TIMES_FUSED = {"native": None, "native, masked": 1.1, "native, live weights alone": 1.0}
 """Bounds: a step over torch's fused AdamW."""
 
@@ -58,7 +58,7 @@ def selections(layers: int, width: int, rounds: int) -> dict[str, Any]:
         "SET": partial(_update, "set", topology, values, gradients),
         "RigL": partial(_update, "rigl", topology, values, gradients),
     }
-    times = interleave({name: partial(_ignoring_index, function) for name, function in contestants.items()}, rounds)
+    times = interleave({name: partial(_ignoring_index, function) for name, function in contestants.items()}, rounds, warm=True)
     claims = [
         ("the largest magnitudes live", "magnitudes", "topk, 25 %"),
         ("drawn at random", "random", "topk, 25 %"),
@@ -66,7 +66,13 @@ def selections(layers: int, width: int, rounds: int) -> dict[str, Any]:
         ("update: kept by magnitude, grown by gradient", "RigL", "topk, kept and grown"),
     ]
     ratios = [
-        {"what": what, "contestant": ours, "over": theirs, "at_most": TIMES_TOPK, "ratio": Ratio.of(times[ours], times[theirs])}
+        {
+            "what": what,
+            "contestant": ours,
+            "over": theirs,
+            "at_most": None if "update" in what else TIMES_TOPK,
+            "ratio": Ratio.of(times[ours], times[theirs]),
+        }
         for what, ours, theirs in claims
     ]
     return {"weights": sum(map(prod, shapes.values())), "layers": len(shapes), "cpu_seconds": times, "ratios": ratios}

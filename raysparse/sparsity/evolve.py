@@ -59,7 +59,9 @@ def first_topology(agenda: Agenda, rows: Mapping[str, Rows], values: Mapping[str
     views = [
         _view(values[name], values[name].new_empty(0), here, pattern, counter.key(agenda.seed, "mask", name)) for name, here in rows.items()
     ]
-    everything = [torch.ones(view.count, dtype=torch.bool, device=view.value.device) for view in views]
+    device = next((view.value.device for view in views), None)
+    ones = torch.ones(max((view.count for view in views), default=0), dtype=torch.bool, device=device)  # one for all: it stays in the cache
+    everything = [ones[: view.count] for view in views]
     counts = [nnz[name] // pattern.size_of_unit for name in rows]
     room = [_room(nnz[name], agenda.shapes[name], rows[name], pattern, view.value.device) for name, view in zip(rows, views, strict=True)]
     keys = _keys(rule.first_score, views, pattern, ranks)
@@ -165,7 +167,7 @@ def _weights(units: Tensor, rows: Rows, pattern: Pattern) -> Tensor:
 
 
 def _keys(score: Callable[[WeightView], Tensor], views: Sequence[WeightView], pattern: Pattern, ranks: Ranks) -> Keys:
-    """Gives for each layer [units] int32 whose lower 31 bits order as the scores do; integers are keys already.
+    """Gives for each layer [units] int32 whose lower 31 bits order as the magnitudes of the scores do; integers are keys already.
 
     Scores of single weights are made some rows at a time and whenever they are asked for: in the cache, that is cheaper than to keep them.
     """
@@ -173,7 +175,7 @@ def _keys(score: Callable[[WeightView], Tensor], views: Sequence[WeightView], pa
         return lambda i: (_bits(score(view)) for view in _pieces(views[i]))
     scores = [score(view) for view in views]
     if scores and scores[0].is_floating_point():
-        scores = _block_sums(scores, pattern.unit, ranks)
+        scores = _block_sums([score.abs() for score in scores], pattern.unit, ranks)
     return lambda i: [_bits(scores[i])]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Evolution(Config, ABC):
-    """Scores are tensors >= 0 of the weight's shape, or `WeightView.random`; the largest win, ties go to the lowest index."""
+    """Scores are tensors of the weight's shape, or `WeightView.random`; the largest magnitudes win, ties go to the lowest index."""
 
     grows_by_gradient: ClassVar[bool] = False
     """Whether it needs the gradient of dead weights too; a rule that reads a gradient but not this one sees 0 there."""
@@ -40,7 +40,7 @@ class Evolution(Config, ABC):
 
     def keep_score(self, w: "WeightView") -> "Tensor":
         """Which live weights stay: those of the largest magnitude, unless the rule says otherwise."""
-        return w.value.abs()
+        return w.value
 
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
         """(share of the grown weights, score) in the order of choosing; the shares add up to 1.

@@ -23,4 +23,4 @@ class Mixed(Rewiring):
     optimizer_steps: bool = False
 
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
-        return [(self.gradient_share, w.grad.abs()), (1 - self.gradient_share, w.random())]
+        return [(self.gradient_share, w.grad), (1 - self.gradient_share, w.random())]

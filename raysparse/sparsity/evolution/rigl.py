@@ -22,4 +22,4 @@ class RigL(Rewiring):
     optimizer_steps: bool = False
 
     def grow_scores(self, w: "WeightView") -> "list[tuple[float, Tensor]]":
-        return [(1.0, w.grad.abs())]
+        return [(1.0, w.grad)]
