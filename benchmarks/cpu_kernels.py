@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Ratio, interleave, table, write
 from raysparse.kernels import library
+from raysparse.kernels.bits import pack
 from raysparse.kernels.linear import SPARSE, SparseLinear, adopt
 from raysparse.kernels.stream import Stream, Use
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, build, select
 from raysparse.sparsity.attention import Fixed
-from raysparse.sparsity.topology import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LINEAR = {  # dtype -> sparsity -> at least so many times faster than dense: forward + both gradients

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from benchmarks.measure import Ratio, interleave
 from benchmarks.updates import DROP, SPARSITY, evolving
 from raysparse.kernels import adamw
+from raysparse.kernels.bits import pack
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, propose
 from raysparse.sparsity.ranks import ALONE
-from raysparse.sparsity.topology import Rows, Topology, pack
+from raysparse.sparsity.topology import Rows, Topology
 
 TIMES_TOPK = 0.2
 """Bound: a selection over torch.topk of as many. An update is two selections and more."""

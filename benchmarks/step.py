@@ -116,7 +116,7 @@ def through_fsdp2(t: Training, size: Size) -> Training:
     model = build(size.model, 0, size.vocabulary, size.tokens)
     sharded = FSDP2(model, blocks(model), ShardingConfig(), "cpu", torch.float32)
     if t.topology is not None:
-        t.topology.kill({name: sharded.local[name] for name in t.topology.masks})
+        t.topology.kill(sharded.local)
     return replace(t, sharded=sharded, optimizer=build_optimizer(sharded, OPTIMIZER, parity=False))
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysparse.kernels import library
-from raysparse.kernels.linear import Products, mask_of, zero_dead
+from raysparse.kernels.bits import kill, unpack
+from raysparse.kernels.linear import Products
 from raysparse.kernels.stream import DTYPES, Stream, Use
 
 ROUNDS = 5
@@ -53,7 +54,7 @@ def measure(bits: Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
     rows, tokens = bits.shape[0], max(1, min(tokens, LONGEST))
     generator = torch.Generator().manual_seed(0)
     weight, x, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, cols), (tokens, cols), (tokens, rows)))
-    streams, mask = {use: Stream(bits, cols, dtype, use) for use in Use}, mask_of(bits, cols)
+    streams, mask = {use: Stream(bits, cols, dtype, use) for use in Use}, unpack(bits, cols)
 
     def multiply(use: Use, activations: Tensor) -> Tensor:
         streams[use].load(weight)
@@ -62,7 +63,7 @@ def measure(bits: Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
     return Gains(
         forward=_gain(lambda: F.linear(x, weight), lambda: multiply(Use.FORWARD, x)),
         backward=_gain(lambda: dy @ weight, lambda: multiply(Use.BACKWARD, dy)),
-        gradient=_gain(lambda: zero_dead(dy.t() @ x, mask), lambda: streams[Use.GRADIENT].gradient(x, dy)),
+        gradient=_gain(lambda: kill(dy.t() @ x, mask), lambda: streams[Use.GRADIENT].gradient(x, dy)),
     )
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysparse.kernels import library
+from raysparse.kernels.bits import pack as pack_bits
+from raysparse.kernels.bits import unpack as unpack_bits
 from raysparse.kernels.library import address, check, pointer
 
 Kind = Literal["bits", "columns", "dense"]
@@ -186,7 +188,7 @@ def unpack(weight: Packed, first: int = 0, last: int | None = None) -> Tensor:
     begin, end = int(weight.starts[first]), int(weight.starts[last])
     if weight.columns is None:
         assert weight.bits is not None
-        live = _live(weight.bits[first:last], weight.cols)
+        live = unpack_bits(weight.bits[first:last], weight.cols)
     else:
         counts = weight.starts[first : last + 1].long().diff()
         live = torch.zeros(last - first, weight.cols, dtype=torch.bool)
@@ -246,7 +248,7 @@ def _index_problem(weight: Packed) -> str | None:
         return f"starts that do not rise from 0 to {num_live}"
     if weight.columns is None:
         assert weight.bits is not None
-        live = _live(weight.bits, 8 * weight.bits.shape[1])
+        live = unpack_bits(weight.bits, 8 * weight.bits.shape[1])
         return None if torch.equal(live.sum(1), counts) and not live[:, weight.cols :].any() else "bits that do not fit the starts"
     columns, rows = weight.columns.int(), torch.repeat_interleave(torch.arange(weight.rows), counts)
     ascending = (columns.diff() > 0) | (rows.diff() > 0)
@@ -255,15 +257,9 @@ def _index_problem(weight: Packed) -> str | None:
 
 def _bits(live: Tensor) -> Tensor:
     """[rows, cols] bool -> [rows, 8 * ceil(cols / 64)] uint8, lowest bit first."""
-    padded = F.pad(live.to(torch.uint8), (0, -live.shape[1] % 64))
-    return (padded.view(len(live), padded.shape[1] // 8, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
-
-
-def _live(bits: Tensor, cols: int) -> Tensor:
-    """[rows, cols] bool: `_bits` undone."""
-    return ((bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[:, :cols].bool()
+    return pack_bits(F.pad(live, (0, -live.shape[1] % 64)))
 
 
 def _most_of_64(bits: Tensor) -> int:
     """Set bits in the fullest word of 64."""
-    return int(_live(bits, 8 * bits.shape[1]).view(-1, 64).sum(1).amax()) if bits.numel() else 0
+    return int(unpack_bits(bits, 8 * bits.shape[1]).view(-1, 64).sum(1).amax()) if bits.numel() else 0

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysparse.kernels.bits import kill, unpack
 from raysparse.kernels.library import check
 from raysparse.kernels.stream import Stream, Use
 
@@ -55,6 +56,7 @@ class SparseLinear(nn.Linear):
     held: bool
     dense_gradient: bool
     products: Products
+    _bits: Tensor | None
     _mask: Tensor | None
     _streams: dict[Use, Stream]
     _loaded: set[Use]
@@ -74,14 +76,13 @@ class SparseLinear(nn.Linear):
             dtype: of the products.
         """
         wanted = {Use.FORWARD: products.forward, Use.BACKWARD: products.backward, Use.GRADIENT: products.gradient}
-        self.products = products
-        self._mask = None if products.gradient else mask_of(bits, self.in_features)
+        self.products, self._bits, self._mask = products, bits, None
         self._streams = {use: Stream(bits, self.in_features, dtype, use) for use, sparse in wanted.items() if sparse}
         self.release()
 
     def densify(self) -> None:
         """No mask: an ordinary linear layer."""
-        self._mask, self.products, self._streams = None, DENSE, {}
+        self._bits, self._mask, self.products, self._streams = None, None, DENSE, {}
         self.release()
 
     def release(self) -> None:
@@ -108,22 +109,12 @@ class SparseLinear(nn.Linear):
 
     def live(self, gradient: Tensor) -> Tensor:
         """A dense gradient of the weight, zeroed in place at dead weights."""
-        assert self._mask is not None
-        return zero_dead(gradient, self._mask)
+        if self._mask is None:
+            assert self._bits is not None
+            self._mask = unpack(self._bits, self.in_features)
+        return kill(gradient, self._mask)
 
 
-def mask_of(bits: Tensor, cols: int) -> Tensor:
-    """[rows, cols] bool of [rows, ceil(cols / 8)] uint8, lowest bit first."""
-    return ((bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[:, :cols].bool()
-
-
-def zero_dead(gradient: Tensor, mask: Tensor) -> Tensor:
-    """In place: the bits times 0 or 1 as integers, several times faster than masked_fill_."""
-    gradient.view(_INTEGERS[gradient.element_size()]).mul_(mask)
-    return gradient
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, SparseLinear] = weakref.WeakValueDictionary()
 """By number; no number is used twice."""

@@ -41,7 +41,7 @@ def pieces(rule: Rule, length: int) -> tuple[Piece, ...]:
     """
     width, stride, block, column = rule
     check(min(*rule, length) >= 1, f"{rule} {length}")
-    assert stride >= length or (block == 1 and column >= length), f"strided keys go with near ones alone: {rule}"
+    check(stride >= length or (block == 1 and column >= length), "strided keys go with near ones alone:", rule)
     at = torch.arange(length)
     start = torch.minimum(at - width + 1, at // block * block).clamp(min=0)  # of the span
     none, strided_alone = torch.zeros_like(at), width == 1 and stride < length

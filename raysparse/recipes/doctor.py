@@ -12,8 +12,8 @@ from torch import Tensor
 
 import raysparse
 from raysparse.kernels import choice, library
+from raysparse.kernels.bits import pack
 from raysparse.kernels.linear import SPARSE, adopt
-from raysparse.sparsity.topology import pack
 
 SIZE, TOKENS, SPARSITY = 768, 256, 0.75
 """Of the layer of the self-test: [SIZE, SIZE]."""

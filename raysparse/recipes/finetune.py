@@ -11,6 +11,7 @@ from pydantic import Field
 
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation, encode_prompts
+from raysparse.kernels.bits import unpack
 from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
@@ -19,7 +20,7 @@ from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.plan import SparsityConfig
-from raysparse.sparsity.topology import Topology, unpack
+from raysparse.sparsity.topology import Topology
 from raysparse.tasks import AnyTask
 from raysparse.tasks.generate import GenerationConfig
 from raysparse.train.run import Run, resolve_device

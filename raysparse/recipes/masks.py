@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raysparse.config import ConfigError
+from raysparse.kernels.bits import unpack
 from raysparse.recipes.export import MASKS
 from raysparse.sparsity.manager import MaskManager
-from raysparse.sparsity.topology import Rows, Topology, unpack
+from raysparse.sparsity.topology import Rows, Topology
 from raysparse.sparsity.vote import digest
 from raysparse.train import checkpoint
 from raysparse.train.state import HISTORY

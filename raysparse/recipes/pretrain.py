@@ -13,6 +13,7 @@ from torch import Tensor
 from raysparse.config import Config, ConfigError, together
 from raysparse.data.sources import Hub
 from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, TokenFile, TokenValidation, num_windows, prepare
+from raysparse.kernels.bits import pack, unpack
 from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
 from raysparse.recipes.job import Job, check_folder, open_job
@@ -22,7 +23,7 @@ from raysparse.sparsity.evolve import first_topology, has_grain
 from raysparse.sparsity.flops import Convention
 from raysparse.sparsity.pattern import NM
 from raysparse.sparsity.plan import SparsityConfig, SparsityPlan
-from raysparse.sparsity.topology import Topology, pack, unpack
+from raysparse.sparsity.topology import Topology
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
+from raysparse.kernels.bits import pack
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
 from raysparse.recipes.environment import forget_peak_memory, peak_memory_bytes, versions, write_environment
@@ -25,7 +26,7 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
 from raysparse.sparsity.manager import MaskManager
-from raysparse.sparsity.topology import Topology, pack
+from raysparse.sparsity.topology import Topology
 from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.keeper import Keeper
@@ -136,7 +137,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
     topology = None if parts.topology is None else parts.topology(sharded)
     if topology is not None:
-        topology.kill({name: sharded.local[name] for name in topology.masks})
+        topology.kill(sharded.local)
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity)
     evolving = bool(parts.agenda.update_steps)
     checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, evolving)

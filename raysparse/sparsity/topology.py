@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysparse.kernels.bits import kill
 from raysparse.sparsity import counter
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.ranks import Ranks
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element -> the integer type that sees its bits."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,10 @@ class Topology:
 
     @torch.no_grad()
     def kill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the dead entries of [rows, cols] tensors to +0, in place; a NaN or infinity there is gone too.
-
-        The bits are multiplied by 0 or 1 as integers: six times faster on CPUs than masked_fill_ or torch.where.
-        """
-        for name, tensor in tensors.items():
-            tensor.view(_INTEGERS[tensor.element_size()]).mul_(self.masks[name])
+        """Set the dead entries of this rank's rows to +0, in place; tensors that have no mask stay, and any may be absent."""
+        for name, mask in self.masks.items():
+            if name in tensors:
+                kill(tensors[name], mask)
 
     @torch.no_grad()
     def leaks(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -90,18 +86,3 @@ class Topology:
         sums = ranks.sum(self.digest_sums()).tolist()
         text = "\n".join(f"{name} {value}" for name, value in zip(self.masks, sums, strict=True))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def pack(mask: Tensor) -> Tensor:
-    """[rows, cols] bool -> [rows, ceil(cols / 8)] uint8, lowest bit first. Rows stay whole, so it shards like the weight."""
-    rows, cols = mask.shape
-    padded = torch.zeros(rows, -(-cols // 8) * 8, dtype=torch.uint8, device=mask.device)
-    padded[:, :cols] = mask
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.unflatten(1, (-1, 8)) * weights).sum(2, dtype=torch.uint8)
-
-
-def unpack(bits: Tensor, cols: int) -> Tensor:
-    """The inverse of `pack`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, :cols].bool()

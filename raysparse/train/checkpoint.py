@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
+from raysparse.kernels.bits import pack, unpack
 from raysparse.length import Length
-from raysparse.sparsity.topology import Topology, pack, unpack
+from raysparse.sparsity.topology import Topology
 from raysparse.train.optimizer import moments, state_of
 from raysparse.train.shard import Sharded
 

@@ -138,8 +138,7 @@ class Keeper:
     def settle(self) -> None:
         """After an optimizer step: dead weights that were moved by their moments are 0 again."""
         if self.keeps_moments and not self._told:
-            local = self._sharded.local
-            self.topology.kill({name: local[name] for name in self.topology.masks if name in local})
+            self.topology.kill(self._sharded.local)
 
     def published(self, checkpoint: str, step: int) -> None:
         """Tell the manager that a checkpoint of `step` holds the masks of its version."""
@@ -174,7 +173,7 @@ class Keeper:
         if resets_state:
             for which in ("exp_avg", "exp_avg_sq"):
                 found = moments(self._sharded, self._optimizer, which)
-                self.topology.kill({name: found[name] for name in self.topology.masks if name in found})
+                self.topology.kill(found)
                 for name in before.keys() & found.keys() if self.keeps_moments else ():  # of a phase that kept them
                     found[name].masked_fill_(proposal.masks[name] & ~before[name], 0.0)
 

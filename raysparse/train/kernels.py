@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from raysparse.config import ConfigError
 from raysparse.kernels import choice, library
+from raysparse.kernels.bits import pack
 from raysparse.kernels.choice import Gains
 from raysparse.kernels.linear import DENSE, SPARSE, Products, SparseLinear, adopt
-from raysparse.sparsity.topology import Topology, pack
+from raysparse.sparsity.topology import Topology
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded
 

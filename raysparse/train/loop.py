@@ -101,7 +101,7 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
         assert t.topology is not None
         t.kernels.refresh(t.topology, t.nnz, t.sharded)
     if t.topology is not None:
-        t.topology.kill({name: gradients[name] for name in t.topology.masks if name in gradients})
+        t.topology.kill(gradients)
     num_rows = sum(part.shape[0] for part in t.sharded.parts.values())
     norm = global_norm(list(gradients.values()), num_rows, t.sharded.owners)
     steps = change is None or change.skipped is not None or t.agenda.span(step).rule.steps_on_update

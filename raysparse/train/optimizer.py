@@ -11,8 +11,8 @@ from torch.optim import AdamW, Optimizer
 
 from raysparse.config import Config, ConfigError
 from raysparse.kernels import adamw
+from raysparse.kernels.bits import pack
 from raysparse.length import Length
-from raysparse.sparsity.topology import pack
 from raysparse.train.kernels import why_not
 from raysparse.train.shard import Sharded
 

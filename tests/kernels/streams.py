@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysparse.kernels.bits import pack
 from raysparse.kernels.stream import Stream, Use
-from raysparse.sparsity.topology import pack
 
 
 @dataclass(frozen=True)

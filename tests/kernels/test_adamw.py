@@ -10,7 +10,7 @@ from torch import nn
 
 from raysparse.kernels import adamw, library
 from raysparse.kernels.adamw import AdamW, Rates
-from raysparse.sparsity.topology import pack
+from raysparse.kernels.bits import pack
 from tests.kernels.conftest import forget
 
 SHAPES = [(0, 5), (3, 0), (1, 1), (1, 7), (7, 1), (5, 8), (3, 13), (4, 16), (2, 17), (31, 63), (1, 1023), (2, 1024), (3, 1025), (67, 64)]

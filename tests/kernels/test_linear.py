@@ -363,6 +363,15 @@ def test_autocast_computes_in_bfloat16():
     assert_equal(found, expected, mask, 2 * TOLERANCE[torch.bfloat16])
 
 
+def test_streams_of_another_dtype_than_autocast_leave_dead_gradients_zero():
+    """Products are dense then, and the mask is all that keeps dead weights dead."""
+    layer, mask = masked(50, 70)
+    x = torch.randn(9, 70)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = results(sparse(layer, mask, SPARSE, torch.float32), x), results(layer, x)
+    assert_equal(found, expected, mask, 2 * TOLERANCE[torch.bfloat16])
+
+
 def test_compiled_whole_and_not_anew_for_another_mask():
     """The streams are no part of the graph."""
     torch.compiler.reset()

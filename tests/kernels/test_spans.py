@@ -53,5 +53,5 @@ def test_summary_columns_may_go_with_near_keys():
 
 @pytest.mark.parametrize("rule", [Rule(stride=4, block=3), Rule(stride=4, column=4), Rule(width=0)])
 def test_rules_that_no_pattern_has(rule):
-    with pytest.raises((AssertionError, ValueError), match=r"Rule|width"):
+    with pytest.raises(ValueError, match=r"\d"):
         pieces(rule, 12)

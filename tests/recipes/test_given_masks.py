@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raysparse.config import ConfigError, merge
+from raysparse.kernels.bits import unpack
 from raysparse.recipes import pretrain
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.runtime.local import run_here
-from raysparse.sparsity.topology import unpack
 from raysparse.train.metrics import Console
 
 

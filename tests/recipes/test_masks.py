@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysparse.config import ConfigError
+from raysparse.kernels.bits import pack, unpack
 from raysparse.recipes import masks
 from raysparse.recipes.export import MASKS
 from raysparse.recipes.masks import count, diff, find, nnz_of_bits, read_masks, recorded, show_count, show_diff, show_view
 from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.ranks import ALONE
-from raysparse.sparsity.topology import Rows, Topology, pack, unpack
+from raysparse.sparsity.topology import Rows, Topology
 from raysparse.train.state import HISTORY
 from tests.ranks import spawn
 from tests.train.steps import run

@@ -5,12 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from raysparse.kernels.bits import pack, unpack
 from raysparse.sparsity import counter
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.ranks import ALONE
-from raysparse.sparsity.topology import Rows, Topology, pack, unpack
+from raysparse.sparsity.topology import Rows, Topology
 from tests.ranks import spawn
 from tests.threads import together
 

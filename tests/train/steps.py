@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from raysparse.data.batch import Batch
+from raysparse.kernels.bits import pack, unpack
 from raysparse.models.build import build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
-from raysparse.sparsity.topology import Topology, pack, unpack
+from raysparse.sparsity.topology import Topology
 from raysparse.train.loop import train
 from raysparse.train.metrics import Console
 from raysparse.train.optimizer import moments

@@ -6,7 +6,7 @@ from torch import nn
 
 from raysparse.config import ConfigError
 from raysparse.kernels import adamw, library
-from raysparse.sparsity.topology import pack
+from raysparse.kernels.bits import pack
 from raysparse.train.loop import forward_backward
 from raysparse.train.optimizer import OptimizerConfig, build_optimizer, moments, set_masks, state_of
 from raysparse.train.process import process_group

@@ -53,5 +53,6 @@ INLINE void from_float(float x, bf16* y) {
 }
 
 // Memory of the calling thread for one call: it only grows, so that a training step allocates nothing after the first. 2 MB aligned
-// and advised to lie on huge pages. Under AddressSanitizer it is of exactly these bytes and new in each call. Slots are the callers' business: no kernel calls another that uses the same one.
+// and advised to lie on huge pages. Under AddressSanitizer it is of exactly these bytes and new in each call. Slots are the callers'
+// business: no kernel calls another that uses the same one.
 void* scratch(size_t bytes, int slot);
