@@ -83,7 +83,8 @@ INLINE void dot(Row rows[ROWS], int64_t words, const typename Lanes<V>::Input* x
   typename L::Sum sums[CHAINS][ALL];                          // [ROWS, T, PARTS]
   UNROLL for (int i = 0; i < CHAINS * ALL; i++) sums[i / ALL][i % ALL] = typename L::Sum{};
   UNROLL for (int first = 0; first < ROWS; first += SIDE) {
-    for (int64_t w = 0; w < words; w++) {
+    // a row of 768 columns has but twelve words: the loop itself counts
+    _Pragma("GCC unroll 4") for (int64_t w = 0; w < words; w++) {
       typename L::Vector weights[SIDE][Row::VECTORS];
       UNROLL for (int r = 0; r < SIDE; r++) rows[first + r].word(w, weights[r]);
       UNROLL for (int i = 0; i < Row::VECTORS; i++)
