@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Ratio, interleave
 from benchmarks.updates import DROP, SPARSITY, evolving
 from raysparse.kernels import adamw
-from raysparse.kernels.bits import pack
+from raysparse.kernels.live import Live
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, propose
 from raysparse.sparsity.ranks import ALONE
@@ -87,20 +87,20 @@ def optimizers(layers: int, width: int, rounds: int) -> dict[str, Any]:
         masks.append(torch.rand(shape, generator=random) >= SPARSITY)
         parameters.append(nn.Parameter(0.02 * torch.randn(shape, generator=random) * masks[-1]))
         parameters[-1].grad = torch.randn(shape, generator=random) * masks[-1]
-    bits = [pack(mask) for mask in masks]
-    fused, native, masked = (torch.optim.AdamW(parameters, lr=1e-4, fused=True), *(adamw.AdamW(parameters, lr=1e-4) for _ in range(2)))
-    masked.set_masks(dict(zip(parameters, bits, strict=True)))
-    moments = [(torch.zeros(int(mask.sum())), torch.zeros(int(mask.sum()))) for mask in masks]
-
-    def live(index: int) -> None:
-        rates = adamw.Rates.at(index + 1, 1e-4, (0.9, 0.999), 1e-8, 1e-2)
-        for parameter, averages, which in zip(parameters, moments, bits, strict=True):
-            assert parameter.grad is not None
-            adamw.advance_live(parameter, parameter.grad, *averages, rates, which)
-
-    steps = {"torch, fused": fused, "native": native, "native, masked": masked}
-    contestants = {name: partial(_ignoring_index, optimizer.step) for name, optimizer in steps.items()}
-    times = interleave(contestants | {"native, live weights alone": live}, rounds)
+    live = {parameter: Live(mask) for parameter, mask in zip(parameters, masks, strict=True)}
+    native, masked, alone = (adamw.AdamW(parameters, lr=1e-4) for _ in range(3))
+    for optimizer in (masked, alone):
+        optimizer.set_masks(live)
+    for parameter, which in live.items():
+        moments = {name: torch.zeros(which.nnz) for name in adamw.MOMENTS}
+        alone.state[parameter] = {"step": torch.zeros(()), **moments}
+    steps = {
+        "torch, fused": torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+        "native": native,
+        "native, masked": masked,
+        "native, live weights alone": alone,
+    }
+    times = interleave({name: partial(_ignoring_index, optimizer.step) for name, optimizer in steps.items()}, rounds)
     ratios = [
         {
             "what": "AdamW",

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,11 +31,12 @@ from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
 from raysparse.train.clip import clip_, global_norm
+from raysparse.train.interval import check_leaks
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.metrics import Console
-from raysparse.train.optimizer import OptimizerConfig, build_optimizer, moments
+from raysparse.train.optimizer import OptimizerConfig, build_optimizer
 from raysparse.train.process import process_group
-from raysparse.train.run import LocalRun
+from raysparse.train.run import LocalRun, RunConfig
 from raysparse.train.shard import FSDP2, ShardingConfig
 from raysparse.train.state import Training
 
@@ -73,12 +75,15 @@ class Feed:
         return self._batch
 
 
-def assemble(folder: Path, size: Size, sparsity: float) -> Training:
-    """raysparse as a recipe assembles it, one sequence of `size.tokens` a step."""
+def assemble(folder: Path, size: Size, sparsity: float, sharding: ShardingConfig | None = None) -> Training:
+    """raysparse as a recipe assembles it, one sequence of `size.tokens` a step and rank."""
+    ranks = dist.get_world_size()
     config = training.TrainingRunConfig(
         model=size.model,
         optimizer=OPTIMIZER,
-        training=training.TrainingConfig(sequences=1, micro=1),
+        run=RunConfig(workers=ranks),
+        sharding=sharding or ShardingConfig(),
+        training=training.TrainingConfig(sequences=ranks, micro=1),
         checkpoint=training.CheckpointConfig(asynchronous=False),
         logging=training.LoggingConfig(tensorboard=False),
         kernels="dense",  # what masks cost where no zero is skipped; benchmarks.cpu_step has the kernels
@@ -86,12 +91,12 @@ def assemble(folder: Path, size: Size, sparsity: float) -> Training:
     model = build(size.model, 0, size.vocabulary, size.tokens)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in select(model)}
     sparse = SparsityConfig(target=sparsity)
-    agenda = Agenda(sparsity=sparse, shapes=shapes, steps=1000, tokens_per_step=size.tokens, seed=0)
+    agenda = Agenda(sparsity=sparse, shapes=shapes, steps=1000, tokens_per_step=ranks * size.tokens, seed=0)
 
     def topology(sharded: Any) -> Topology:
         return first_topology(agenda, {name: sharded.parts[name].rows for name in shapes}, sharded.local, sharded.ranks)
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     job = Job("pretrain", config.model_dump(mode="json"), {}, str(folder), "")
     parts = training.Ingredients(
         model=model,
@@ -185,7 +190,7 @@ def compare(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
     times["sparsity 0"] = times["dense"]
     masked = runs["masked"]
     assert masked.topology is not None
-    leaks = interleave({"leaks": lambda _: leak_check(masked)}, rounds)["leaks"]
+    leaks = interleave({"leaks": lambda _: check_leaks(masked)}, rounds)["leaks"]
     return {
         "size": vars(size),
         "parameters": sum(p.numel() for p in linear.parameters()),
@@ -210,13 +215,6 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Largest absolute difference of a weight; 0.0 says bit-equal (but for the sign of a zero)."""
     assert one.keys() == other.keys()
     return max(float((value - other[name]).abs().max()) for name, value in one.items())
-
-
-def leak_check(t: Training) -> None:
-    """What the loop does once a logging interval, not in every step."""
-    assert t.topology is not None
-    for tensors in (t.sharded.local, moments(t.sharded, t.optimizer, "exp_avg"), moments(t.sharded, t.optimizer, "exp_avg_sq")):
-        assert not t.topology.leaks({name: tensors[name] for name in t.topology.masks})
 
 
 def report(facts: dict[str, Any]) -> str:

@@ -77,7 +77,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise ConfigError(
-            f"Expected a config file at {path}. Got none there. " + (f"Beside it lie: {near}." if near else "Check the path.")
+            f"Expected a config file at {path}. Got none there. "
+            + (f"Beside it lie: {near}." if near else "Check the path; settings are written key=value.")
         )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)

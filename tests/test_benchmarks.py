@@ -59,7 +59,8 @@ def test_step_compares_contestants_that_compute_the_same(tmp_path, capsys):
 def test_masks_take_one_bit_and_are_sharded_like_their_weights(tmp_path):
     one = spawn(masks.measure, 2, tmp_path, step.Size(layers=1, width=64, vocabulary=50, tokens=8))[0]
     assert one["bits_per_weight"] == 1.0
-    assert one["file_bits_per_weight"] > 1.0  # the file format has headers
+    assert one["share_of_sparse"] < 0.3
+    assert one["share_of_sparse"] < one["share_of_file"] < 1.0
     assert one["memory_bytes_by_rank"] == one["weights_by_rank"] == [one["sparse_weights"] // 2] * 2
     assert one["sharded_like_the_weights"]
     assert f"| 2 | {one['sparse_weights']:,} | 1.0000 |" in masks.report([one])

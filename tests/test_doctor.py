@@ -80,7 +80,7 @@ def test_no_library_is_a_verdict_and_says_what_to_do(monkeypatch, tmp_path, caps
     monkeypatch.setenv(library.CHOICE, "off")
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
-    assert "RAYSPARSE_NATIVE=off.\nUnset RAYSPARSE_NATIVE." in text
+    assert "RAYSPARSE_NATIVE=off.\nUnset RAYSPARSE_NATIVE, or set it to one of avx512, avx2, baseline." in text
     assert "Install" not in text
 
 

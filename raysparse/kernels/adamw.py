@@ -1,7 +1,8 @@
-"""AdamW in one native pass over each parameter, with a mask of one bit a weight in it if there is one (`native/adamw.cpp`).
+"""AdamW in one native pass over each parameter, with a mask of one bit a weight in it if there is one (`native/adamw.cpp`); and with
+moments of the live weights alone, natively or by torch.
 
-Numbers are those of `torch.optim.AdamW` within rounding. They are the same wherever a shard begins and for any number of threads, and on
-all instruction sets that multiply and add in one operation.
+The native numbers are those of `torch.optim.AdamW` within rounding. They are the same wherever a shard begins and for any number of
+threads, and on all instruction sets that multiply and add in one operation.
 """
 
 import ctypes
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw as torch_adamw
 
 from raysparse.kernels import library
 from raysparse.kernels.library import check, function, pointer
+from raysparse.kernels.live import Live
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -79,7 +84,39 @@ def why_not(parameters: Iterable[Tensor]) -> str | None:
     return f"it steps float32 on CPUs, not {' or '.join(f'{dtype} on {device}' for device, dtype in sorted(kinds))}" if kinds else None
 
 
-class AdamW(Optimizer):
+class Masked(Optimizer):
+    """An AdamW that can be told which weights live.
+
+    A parameter of [rows, cols] whose moments are [nnz] has them for its live weights alone, row by row. They follow the masks: what dies
+    loses its moments, what grows has moments of 0.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        self._live: dict[Tensor, Live] = {}
+        super().__init__(*args, **settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which has no masks until it is told; and of ``load_state_dict``, which leaves them."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_live", {})
+
+    def set_masks(self, masks: Mapping[Tensor, Live]) -> None:
+        """From now on only these weights of these parameters live; the others' are all live. They are not part of the state."""
+        for parameter, live in masks.items():
+            check(live.shape == tuple(parameter.shape), live.shape, "for", tuple(parameter.shape))
+            before = self._live.get(parameter)
+            if before is not None and before is not live and self._packed(parameter):
+                for which in MOMENTS:
+                    self.state[parameter][which] = live.take(before.put(self.state[parameter][which]))
+        self._live = dict(masks)
+
+    def _packed(self, parameter: Tensor) -> bool:
+        """Whether its moments are those of its live weights alone."""
+        moments = self.state[parameter].get(MOMENTS[0])
+        return parameter in self._live and moments is not None and moments.ndim == 1
+
+
+class AdamW(Masked):
     """`torch.optim.AdamW`, with the same parameter groups and state, for contiguous float32 parameters on CPUs."""
 
     def __init__(
@@ -91,22 +128,6 @@ class AdamW(Optimizer):
         weight_decay: float = 1e-2,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._bits: dict[Tensor, Tensor] = {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, which has no masks until it is told; and of ``load_state_dict``, which leaves them."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_bits", {})
-
-    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
-        """From now on only these weights of these parameters live; the others' are all live. They are not part of the state.
-
-        Args:
-            masks: parameter of [rows, cols] -> [rows, ceil(cols / 8)] uint8: lowest bit first, every row padded to whole bytes.
-        """
-        for parameter, bits in masks.items():
-            _check_bits(bits, parameter)
-        self._bits = dict(masks)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
@@ -123,11 +144,47 @@ class AdamW(Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                rates = Rates.at(int(state["step"]) + 1, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                tensors = parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]
+                bits = self._live[parameter].bits if parameter in self._live else None
+                if bits is not None and self._packed(parameter):
+                    advance_live(*tensors, rates, bits)
+                else:
+                    advance(*tensors, rates, bits)
                 state["step"] += 1
-                rates = Rates.at(int(state["step"]), group["lr"], group["betas"], group["eps"], group["weight_decay"])
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                advance(parameter, parameter.grad.contiguous(), *moments, rates, self._bits.get(parameter))
         return loss
+
+
+class TorchAdamW(Masked, torch.optim.AdamW):
+    """torch's AdamW on every device, of its live weights alone for a parameter that has masks: they are taken out, stepped, put back."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        masked = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and self._packed(parameter):
+                    self._step_live(parameter, group)
+                    masked.append((parameter, parameter.grad))
+                    parameter.grad = None  # the others are torch's business
+        super().step()
+        for parameter, gradient in masked:
+            parameter.grad = gradient
+        return loss
+
+    def _step_live(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        live, state = self._live[parameter], self.state[parameter]
+        weights, gradients = live.take(parameter), live.take(parameter.grad.contiguous())  # pyrefly: ignore[missing-attribute]
+        beta1, beta2 = group["betas"]
+        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "foreach", "fused", "amsgrad", "maximize")}
+        moments = ([state[which]] for which in MOMENTS)
+        torch_adamw([weights], [gradients], *moments, [], [state["step"]], beta1=beta1, beta2=beta2, **settings)
+        live.put(weights, parameter)
 
 
 def _check(shape: tuple[int, ...], *tensors: Tensor) -> None:

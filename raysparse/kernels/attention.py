@@ -170,7 +170,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, rules: Tensor) -> tuple[Ru
     """The rules by head."""
     batch, heads, length, width = query.shape
     check(key.shape == value.shape == (batch, key.shape[1], length, width), f"{query.shape} {key.shape} {value.shape}")
-    check(min(heads, length, width) > 0, query.shape)
+    check(min(heads, key.shape[1], length, width) > 0, query.shape, key.shape)
     check(heads % key.shape[1] == 0, f"{query.shape} {key.shape}")
     check(query.dtype == key.dtype == value.dtype, f"{query.dtype} {key.dtype} {value.dtype}")
     check((rules.shape, rules.dtype) == ((heads, 4), torch.int64), f"{rules.shape} {rules.dtype}")

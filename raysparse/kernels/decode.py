@@ -118,18 +118,18 @@ def pack(weight: Tensor, dtype: torch.dtype, kind: Kind) -> Packed:
     rows, cols = weight.shape
     scale, dead = None, 0
     if dtype == torch.int8:
-        assert bool(weight.isfinite().all()), "int8 knows no inf and no NaN"
+        check(bool(weight.isfinite().all()), "int8 knows no inf and no NaN")
         scale = weight.float().abs().amax(1) / 127 if cols else torch.zeros(rows)
         weight = (weight.float() / scale.where(scale > 0, 1.0).unsqueeze(1)).round() + ZERO
         dtype, dead = torch.uint8, ZERO
-    assert cols <= MOST_COLS or (kind == "dense" and scale is None), cols
+    check(cols <= MOST_COLS or (kind == "dense" and scale is None), cols, "columns")
     weight = weight.to(dtype).contiguous()
     if kind == "dense":
         return Packed(rows, cols, weight, scale=scale)
     live = weight != dead
     starts = torch.zeros(rows + 1, dtype=torch.int64)
     starts[1:] = live.sum(1).cumsum(0)
-    assert int(starts[-1]) < 2**31, int(starts[-1])
+    check(int(starts[-1]) < 2**31, int(starts[-1]), "live weights")
     values = torch.cat([weight[live], weight.new_zeros(SPARE_BYTES // weight.element_size())])
     bits = _bits(live) if kind == "bits" else None
     columns = live.nonzero()[:, 1].to(torch.uint16) if kind == "columns" else None

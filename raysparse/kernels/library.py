@@ -58,6 +58,13 @@ def why_not() -> str | None:
     return None
 
 
+def remedy() -> str:
+    """What to do where there is none."""
+    if os.environ.get(CHOICE):
+        return f"Unset {CHOICE}, or set it to one of {', '.join(VARIANTS)}."
+    return "Install g++ (Debian: apt install g++) and raysparse again (in its folder: pip install --no-deps -e .)."
+
+
 def available() -> bool:
     return why_not() is None
 
@@ -97,6 +104,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 def address(tensor: Tensor) -> int:
     """Of the first element of a CPU tensor of any strides: a multiple of its size."""
     check(tensor.is_cpu, tensor.device)
+    check(not tensor.is_neg(), "a tensor that is negated when it is read")
     found = tensor.data_ptr()
     check(found % tensor.element_size() == 0, f"{tensor.dtype} at the address {found:#x}, between two of them")
     return found

@@ -90,7 +90,7 @@ class SparseLinear(nn.Linear):
         self._loaded = set()
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.products.any and input.device.type == "cpu":
+        if self.products.any and input.device.type == "cpu" and not _other_autocast():
             return torch.ops.raysparse.linear(input, self.weight, self.bias, self.number)
         return super().forward(input)
 
@@ -113,6 +113,11 @@ class SparseLinear(nn.Linear):
             assert self._bits is not None
             self._mask = unpack(self._bits, self.in_features)
         return kill(gradient, self._mask)
+
+
+def _other_autocast() -> bool:
+    """Whether products are to be of a type that streams do not have."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16
 
 
 _NUMBERS = itertools.count()

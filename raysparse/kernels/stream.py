@@ -44,7 +44,8 @@ class Stream:
             cols: inputs of the weight.
         """
         check(bits.dtype == torch.uint8, bits.dtype)
-        check(bits.shape == (bits.shape[0], -(-cols // 8)), f"{tuple(bits.shape)} for {cols} columns")
+        check(dtype in DTYPES, dtype)
+        check(bits.ndim == 2 and cols >= 0 and bits.shape[1] == -(-cols // 8), f"{tuple(bits.shape)} for {cols} columns")
         self.shape, self.dtype, self.use, self._bits = (bits.shape[0], cols), dtype, use, bits
         new = function("rs_stream_new", _pointer, _pointer, _long, _long, _int, _int)
         self._loaded, self._lock = False, threading.Lock()

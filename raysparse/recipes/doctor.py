@@ -19,7 +19,6 @@ SIZE, TOKENS, SPARSITY = 768, 256, 0.75
 """Of the layer of the self-test: [SIZE, SIZE]."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of the largest number of a result: how far sparse and dense may lie apart, as float32 sums in another order and rounding do."""
-COMPILE = "Install g++ (Debian: apt install g++) and raysparse again (in its folder: pip install --no-deps -e .)."
 
 
 def examine() -> dict[str, Any]:
@@ -121,8 +120,7 @@ def _gains(test: dict[str, Any]) -> str:
 
 def _verdict(facts: dict[str, Any]) -> str:
     if facts["why_not"] is not None:
-        mend = f"Unset {library.CHOICE}." if os.environ.get(library.CHOICE) else COMPILE
-        return f"Sparse layers are computed dense here, zeros included. There is no native library: {facts['why_not']}.\n{mend}"
+        return f"Sparse layers are computed dense here, zeros included. There is no native library: {facts['why_not']}.\n{library.remedy()}"
     if not facts["well"]:
         return f"The kernels of this build are wrong here: run with kernels=dense or {library.CHOICE}=baseline, and report this."
     return "Sparse layers skip their zeros on this machine's CPU." + (" On its GPU they are computed dense." if facts["gpu"] else "")

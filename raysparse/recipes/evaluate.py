@@ -14,7 +14,7 @@ from raysparse.data.pairs import encode_prompts
 from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.environment import write_environment
-from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
+from raysparse.recipes.job import Job, check_folder, open_job, runs_in, write_atomically
 from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
@@ -152,6 +152,8 @@ def model_folder(path: str) -> str:
         if not ((folder / "export" / "config.json").exists() and (folder / "summary.json").exists()):
             raise ConfigError(f"Expected {path} to be a finished run. Got one without an exported model. Finish it: run its command again.")
         return str((folder / "export").absolute())
+    if not (folder / "config.json").exists() and (hint := runs_in(folder)):
+        raise ConfigError(f"Expected a model folder, a finished run or a hub name at {path}. Got none. {hint}")
     return str(folder.absolute()) if folder.exists() else path
 
 
@@ -169,7 +171,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Expected a model folder with a tokenizer, or a hub name, at {folder}. Got: {error}. Correct model.path."
+            f"Expected a model folder with a tokenizer, or a hub name, at {folder}. Got: {str(error).splitlines()[0]}. Correct the model."
         ) from None
 
 

@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raysparse.config import Config, ConfigError
 from raysparse.models import packed
 from raysparse.models.export import check_target, write_folder
+from raysparse.recipes.job import runs_in
 from raysparse.train import checkpoint
-from raysparse.train.process import process_group
 
 MASKS = "masks.safetensors"
 """Bit-packed masks ([rows, ceil(cols / 8)] uint8) under the names and in the [out, in] layout of the training model."""
@@ -56,7 +53,7 @@ def check(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
         check_target(Path(config.to).expanduser())
         return folder, {}
     if not identity.exists():
-        raise ConfigError(f"Expected a raysparse run at {folder}. Got no identity.json there. Check run=FOLDER.")
+        raise ConfigError(f"Expected a raysparse run at {folder}. Got no identity.json there. {runs_in(folder) or 'Check run=FOLDER.'}")
     if config.step:
         path = folder / "checkpoints" / f"step_{config.step:08d}"
         if (problem := checkpoint.damage(path)) is not None:
@@ -92,16 +89,7 @@ def _export(config: ExportConfig, path: Path, facts: Mapping[str, Any], target: 
 
     if config.step == 0 and facts["patience"] and (best := path.with_name(f"step_{_best_step(path):08d}")).exists():
         path = best  # what an early-stopped run went back to
-    stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    wanted = ("model/", "mask/")
-    state = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in stored.items()
-        if key.startswith(wanted) and isinstance(meta, TensorStorageMetadata)
-    }
-    with process_group("cpu"):
-        dcp.load(state, checkpoint_id=str(path))
-    weights, masks = ({key[len(kind) :]: value for key, value in state.items() if key.startswith(kind)} for kind in wanted)
+    weights, masks = checkpoint.read_weights(path), checkpoint.read_masks(path)
     hf_config = AutoConfig.for_model(**facts["hf_config"])
     step = int(path.name.removeprefix("step_"))
     write_model(target, weights, masks, hf_config, facts["tokenizer"], {"run": Path(config.run).name, "step": step})
@@ -110,10 +98,7 @@ def _export(config: ExportConfig, path: Path, facts: Mapping[str, Any], target: 
 
 def _best_step(path: Path) -> int:
     """The step that had validated best when a checkpoint was written."""
-    state = {"extra": ""}
-    with process_group("cpu"):
-        dcp.load(state, checkpoint_id=str(path))
-    return json.loads(state["extra"])["state"]["best_step"]
+    return checkpoint.extra_of(path)["state"]["best_step"]
 
 
 def write_model(

@@ -17,6 +17,8 @@ NOT_IDENTITY = {
     "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
     "logging": ...,
     "checkpoint": {"keep", "asynchronous", "every"},
+    "sharding": {"packed"},
+    "optimizer": {"state"},
 }
 """Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
 
@@ -42,6 +44,12 @@ class Job:
     @property
     def path(self) -> Path:
         return Path(self.folder)
+
+
+def runs_in(folder: Path) -> str:
+    """A sentence that names the runs right below a folder; empty where there is none."""
+    names = sorted(file.parent.name for file in folder.glob("*/identity.json"))
+    return f"It is a folder of runs: name one of {', '.join(str(folder / name) for name in names)}. " if names else ""
 
 
 def check_folder(verb: str, config: Config, run: RunConfig) -> None:

@@ -5,17 +5,14 @@ model: in ``masks.safetensors`` of an exported model, and in checkpoints as ``ma
 """
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raysparse.config import ConfigError
 from raysparse.kernels.bits import unpack
@@ -26,7 +23,6 @@ from raysparse.sparsity.vote import digest
 from raysparse.train import checkpoint
 from raysparse.train.state import HISTORY
 
-_MASK, _MODEL = "mask/", "model/"
 _POPCOUNT = torch.tensor([value.bit_count() for value in range(256)])
 
 
@@ -238,27 +234,16 @@ def _from_file(file: Path) -> dict[str, Tensor]:
 
 
 def _from_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Whole tensors, whatever number of ranks wrote them."""
-    stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in stored.items()
-        if key.startswith(_MASK) and isinstance(meta, TensorStorageMetadata)
-    }
-    if not state:
+    masks = checkpoint.read_masks(folder)
+    if not masks:
         raise ConfigError(f"Expected masks in the checkpoint {folder}. Got a dense model. Name a checkpoint of a sparse run.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant: each process reads for itself
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return {key.removeprefix(_MASK): bits for key, bits in state.items()}
+    return masks
 
 
 def _known_shapes(place: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in model order, as the checkpoint, or the export around a masks file, tells them."""
     if place.is_dir():
-        stored = dcp.FileSystemReader(str(place)).read_metadata().state_dict_metadata
-        tensors = {key: tuple(meta.size) for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
-        return {key.removeprefix(_MASK): tensors[_MODEL + key.removeprefix(_MASK)] for key in tensors if key.startswith(_MASK)}
+        return {name: tuple(shape) for name, shape in checkpoint.extra_of(place)["shapes"].items()}
     facts = place.with_name("sparsity.json")
     return {name: tuple(found["shape"]) for name, found in json.loads(facts.read_text())["tensors"].items()} if facts.exists() else {}
 

@@ -17,6 +17,7 @@ from raysparse.recipes.pretrain import PretrainConfig, agenda_of, given_masks
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.flops import Architecture, Convention, Ledger, growth_flops, training_flops
 from raysparse.sparsity.plan import SparsityPlan
+from raysparse.train.exchange import WORTH
 from raysparse.train.run import resolve_device, resolve_dtype
 
 
@@ -92,6 +93,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "workers": config.run.workers,
         "memory_bytes_per_rank": vars(memory) | {"total": memory.total},
         "bytes_sent_per_rank_and_step": estimate_bytes_sent(config, model, dtype),
+        "packed_bytes_sent_per_rank_and_step": estimate_bytes_sent(config, model, dtype, agenda),
     }
 
 
@@ -158,8 +160,9 @@ def reduction_head_excluded(agenda: Agenda, arch: Architecture, config: Pretrain
 def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: torch.dtype) -> Memory:
     """Bytes on one rank in a step.
 
-    Weights, gradients and both moments are float32, masks 1 byte a weight while training (1 bit at rest), twice where the topology
-    evolves, all spread over the shards. An update takes 31 bytes a sparse weight more at its peak (measured), for scores and keys.
+    Weights, gradients and both moments (of live weights alone unless ``optimizer.state`` is dense) are float32, masks 1 byte a weight
+    while training (1 bit at rest), twice where the topology evolves, all spread over the shards. An update takes 31 bytes a sparse weight
+    more at its peak (measured), for scores and keys.
     Gathered: what FSDP2 holds whole at a time, the root's weights and two blocks. Activations follow 34 T b d bytes a block in 16
     bits with fused attention (Korthikanti et al. 2022, arXiv:2205.05198, table 2, without the 5 a T^2 b of unfused scores), twice
     that in 32 bits, plus three float32 copies of the logits.
@@ -176,10 +179,13 @@ def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: t
     block = 34 * tokens * model.config.hidden_size * width // 2
     kept = 2 * width * tokens * model.config.hidden_size
     blocks_now = kept * len(units) + block if config.training.activation_checkpointing else block * len(units)
+    live = agenda.sparsity.wants_masks and config.optimizer.keeps_live(agenda)
+    plans = [sum(agenda.plan(version).values()) for version in range(len(agenda.update_steps) + 1)] if live else []
+    never_live = sum(map(prod, agenda.shapes.values())) - max(plans) if live else 0
     return Memory(
         weights=4 * total // shards,
         gradients=4 * total // owners,
-        moments=8 * total // owners,
+        moments=8 * (total - never_live) // owners,
         masks=sum(map(prod, agenda.shapes.values())) * agenda.sparsity.wants_masks * (2 if agenda.update_steps else 1) // shards,
         update=31 * sum(map(prod, agenda.shapes.values())) * bool(agenda.update_steps) // shards,
         gathered=gathered,
@@ -187,14 +193,29 @@ def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: t
     )
 
 
-def estimate_bytes_sent(config: PretrainConfig, model: Any, dtype: torch.dtype) -> int:
-    """Payload that one rank sends in a step, counted as `train.shard.Wire` counts it.
+def estimate_bytes_sent(config: PretrainConfig, model: Any, dtype: torch.dtype, packed: Agenda | None = None) -> int:
+    """Payload that one rank sends in a step, counted as `train.exchange.Wire` counts it.
 
     FSDP2 on S shards: (S - 1) / S of every weight in each all-gather (twice a micro-batch for blocks that are freed after the
     forward pass) and of every float32 gradient in the reduce-scatter; HSDP adds an all-reduce of the shard over R replicas.
+
+    Args:
+        packed: of live elements alone, at the run's mean density, where FSDP2 sends them so; ranks that share them unequally, and
+            steps whose dead gradients are looked at, send more.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    in_blocks = sum(p.numel() for unit in blocks(model).values() for p in unit.parameters())
+    density = mean_density(packed) if packed is not None and packed.sparsity.wants_masks and config.sharding.packed != "off" else 1.0
+    sparse = set(packed.shapes) if packed is not None and config.sharding.type == "fsdp2" else set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def elements(parameters: list[Any]) -> int:
+        whole = sum(p.numel() for p in parameters)
+        live = sum(p.numel() * (density if names[id(p)] in sparse else 1.0) for p in parameters)
+        return round(live) if live <= WORTH * whole else whole
+
+    units = [list(unit.parameters()) for unit in blocks(model).values()]
+    in_units = {id(p) for unit in units for p in unit}
+    in_blocks = sum(map(elements, units))
+    total = in_blocks + elements([p for p in model.parameters() if id(p) not in in_units])
     workers, replicas = config.run.workers, config.sharding.replicas
     if config.sharding.type != "fsdp2":
         return 2 * 4 * total * (workers - 1) // workers
@@ -231,6 +252,7 @@ def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
         f"per rank       of {facts['workers']} workers, estimated:",
         *(f"  {key:<13}{value / 2**20:>12,.1f} MiB" for key, value in facts["memory_bytes_per_rank"].items()),
         f"  sent a step {facts['bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB",
+        f"  or packed   {facts['packed_bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB, live elements alone (sharding.packed)",
     ]
     return "\n".join(lines)
 

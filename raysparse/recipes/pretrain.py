@@ -76,7 +76,7 @@ def agenda_of(config: PretrainConfig, model: Any, nnz: Mapping[str, int] | None 
     agenda = Agenda(
         sparsity=config.sparsity, shapes=shapes, steps=steps, tokens_per_step=tokens_per_step, seed=config.run.seed, nnz=dict(nnz or {})
     )
-    together(lambda: agenda.spans, lambda: SparsityPlan.build(shapes, config.sparsity))
+    together(lambda: config.optimizer.keeps_live(agenda), lambda: SparsityPlan.build(shapes, config.sparsity))
     return agenda
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
+from raysparse.kernels.adamw import MOMENTS
 from raysparse.kernels.bits import pack
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
@@ -34,7 +35,7 @@ from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
 from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
-from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, moments
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Pace, State, Training, TrainingConfig
@@ -138,9 +139,9 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     topology = None if parts.topology is None else parts.topology(sharded)
     if topology is not None:
         topology.kill(sharded.local)
-    optimizer = build_optimizer(sharded, config.optimizer, config.run.parity)
-    evolving = bool(parts.agenda.update_steps)
-    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, evolving)
+    live = topology is not None and config.optimizer.keeps_live(parts.agenda)
+    optimizer = build_optimizer(sharded, config.optimizer, config.run.parity, topology if live else None)
+    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, parts.agenda)
     state, ledger, history = State(), Ledger(parts.convention), []
     if (found := checkpointer.newest()) is not None:
         extra = checkpointer.load(found)
@@ -154,8 +155,6 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         keeper.begin(state.step, history)
         if found is not None:
             keeper.published(str(found), state.step)
-        if kernels is not None:
-            kernels.refresh(topology, keeper.live, sharded)
     if run.rank == 0:
         metrics.rewind(job.path, state.step)
     training = Training(
@@ -183,6 +182,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         run=run,
         guard=lambda: check_claim(job),
     )
+    training.follow()
     return training, state
 
 
@@ -255,9 +255,12 @@ def summarize(
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
-    peak, sent = torch.tensor([peak_memory_bytes()]), torch.tensor([state.bytes_sent])
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    kept = memory_of(t)
+    largest = torch.tensor(
+        [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64
+    )
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    peak, sent, dense_sent, wire_seconds, *sizes = largest.tolist()
     return header(job, config, t.run) | {
         "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters},
         "loss": state.losses
@@ -282,7 +285,22 @@ def summarize(
         "seconds": state.seconds,
         "tokens_per_s": state.tokens / max(1e-9, state.seconds),
         "bytes_sent": int(sent),
+        "dense_bytes_sent": int(dense_sent),
+        "wire_seconds": wire_seconds,
+        "memory_bytes": {name: int(size) for name, size in zip(kept, sizes, strict=True)},
         "peak_memory_bytes": int(peak),
+    }
+
+
+def memory_of(t: Training) -> dict[str, int]:
+    """Bytes on this rank of its rows of the weights and of their gradients, of AdamW's moments, and of those if all weights had them."""
+    sizes = {name: part.local.nbytes for name, part in t.sharded.parts.items()}
+    moments_of = {which: moments(t.sharded, t.optimizer, which) for which in MOMENTS}
+    return {
+        "weights": sum(sizes.values()),
+        "gradients": sum(sizes.values()),
+        "moments": sum(value.nbytes for found in moments_of.values() for value in found.values()),
+        "dense_moments": sum(sizes[name] for found in moments_of.values() for name in found),
     }
 
 

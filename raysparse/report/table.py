@@ -95,7 +95,26 @@ def comparison(runs: Sequence[Run]) -> Table:
     blocks = [_after_pretraining(pretrained, runs)] if pretrained else []
     for task in sorted({run.summary["task"]["name"] for run in finetuned}):
         blocks.append(_after_finetuning([run for run in finetuned if run.summary["task"]["name"] == task], runs))
+    if told := [run for run in runs if "memory_bytes" in run.summary]:
+        blocks.append(_of_a_worker(told))
     return Table(tuple(blocks), wall_clock(runs))
+
+
+def _of_a_worker(runs: Sequence[Run]) -> Block:
+    """What masks saved on the wire and in memory, measured."""
+    rows = []
+    for run in runs:
+        summary, kept = run.summary, run.summary["memory_bytes"]
+        sent, dense = (summary[key] / max(1, summary["steps"]) for key in ("bytes_sent", "dense_bytes_sent"))
+        sizes = (kept["weights"], kept["gradients"], kept["moments"], kept["dense_moments"], summary["peak_memory_bytes"])
+        seconds = f"{summary['wire_seconds']:,.1f}"
+        rows.append((run.name, bytes_text(round(sent)), bytes_text(round(dense)), seconds, *map(bytes_text, sizes)))
+    columns = ("run", "sent/step", "unpacked", "in comm. s", "weights", "gradients", "moments", "if dense", "peak")
+    notes = (
+        "Of the worker that has most. Sent: payload of all collectives in a step, validation counted in; unpacked: if live weights and "
+        "gradients were not sent alone. Moments: AdamW's, of live weights alone where masks allow; peak: of the whole process.",
+    )
+    return Block("On the wire and in memory", columns, tuple(rows), notes)
 
 
 def wall_clock(runs: Sequence[Run]) -> str:

@@ -75,7 +75,12 @@ def _start(ray: Any, run: RunConfig) -> None:
         check_address(address)
         ray.init(logging_level="WARNING", log_to_driver=False, namespace="raysparse")
         return
-    cpus = max(run.workers * run.threads, os.cpu_count() or 1) + 1  # logical; two ranks on one core are slow, not wrong
+    cores = os.cpu_count() or 1
+    if run.workers * run.threads > cores:
+        log.warning(
+            "%d workers of %d threads share %d cores: slow, not wrong. Lower run.workers or run.threads.", run.workers, run.threads, cores
+        )
+    cpus = max(run.workers * run.threads, cores) + 1  # logical
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,

@@ -89,6 +89,11 @@ class Agenda(Config):
         self._check(spans)
         return tuple(spans)
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether dead weights may have moments in some phase (`Rewiring.reset_grown_state`)."""
+        return not all(span.rule.resets_state for span in self.spans)
+
     @cached_property
     def update_steps(self) -> list[int]:
         """The steps with an update, rising."""

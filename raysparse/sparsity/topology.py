@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raysparse.kernels.bits import kill
+from raysparse.kernels.live import Live
 from raysparse.sparsity import counter
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.ranks import Ranks
@@ -35,16 +36,24 @@ class Topology:
 
     def __init__(self, shapes: Mapping[str, Shape], rows: Mapping[str, Rows], masks: Mapping[str, Tensor]):
         self.shapes, self.rows = dict(shapes), dict(rows)
+        self._live: dict[str, Live] = {}
         self.replace(masks, masks)
 
     def replace(self, masks: Mapping[str, Tensor], ever: Mapping[str, Tensor]) -> None:
         """Other masks for the same weights, and which weights were ever alive."""
+        self._live = {name: live for name, live in self._live.items() if masks[name] is self.masks[name]}
         self.masks, self.ever = dict(masks), dict(ever)
 
     def evolve(self, masks: Mapping[str, Tensor]) -> None:
         """The next version of the topology."""
         ever = {name: self.ever[name] if mask is self.masks[name] else self.ever[name] | mask for name, mask in masks.items()}
         self.replace(masks, ever)
+
+    def live(self, name: str) -> Live:
+        """The live weights of this rank's rows, to be taken out and put back; made when they are first asked for."""
+        if name not in self._live:
+            self._live[name] = Live(self.masks[name])
+        return self._live[name]
 
     @torch.no_grad()
     def kill(self, tensors: Mapping[str, Tensor]) -> None:

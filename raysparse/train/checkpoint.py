@@ -1,5 +1,10 @@
 """Checkpoints: weights, moments, bit-packed masks and counters in one distributed checkpoint, saved on N ranks, loaded on M.
 
+Of a weight that has a mask the live elements alone are stored, row by row: those of the rows that a rank holds under
+``model/<name>/<first of these rows>``. So are its moments (``exp_avg``, ``exp_avg_sq``), unless a phase keeps moments of dead weights.
+``rows/<name>`` tells how many live in each row, from which another number of ranks finds what is its own. Everything else is whole:
+``model/<name>``, ``mask/<name>``, ``ever/<name>``.
+
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
 every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
@@ -8,8 +13,9 @@ functions of (seed, step), so the step is all of their state.
 import json
 import logging
 import shutil
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +30,20 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
+from raysparse.kernels.adamw import MOMENTS
 from raysparse.kernels.bits import pack, unpack
+from raysparse.kernels.live import Live
 from raysparse.length import Length
+from raysparse.sparsity.agenda import Agenda
+from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.topology import Topology
-from raysparse.train.optimizer import moments, state_of
+from raysparse.train.optimizer import moments, set_masks, state_of
 from raysparse.train.shard import Sharded
 
 log = logging.getLogger(__name__)
 MARKER = "COMMITTED.json"
+KINDS = ("model", *MOMENTS)
+"""Of tensors that are stored by their live elements where there is a mask."""
 
 
 class CheckpointConfig(Config):
@@ -55,11 +67,12 @@ class Checkpointer:
         sharded: Sharded,
         optimizer: Optimizer,
         topology: Topology | None,
-        evolving: bool = False,
+        agenda: Agenda,
     ):
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
-        self._kinds = ("mask", "ever") if evolving else ("mask",)  # masks that never change are all that ever lived
+        self._kinds = ("mask", "ever") if agenda.update_steps else ("mask",)  # masks that never change are all that ever lived
+        self._live = () if topology is None else ("model",) if agenda.keeps_moments else KINDS
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -79,7 +92,8 @@ class Checkpointer:
         if dist.get_rank() == 0 and path.exists():
             shutil.rmtree(path)  # half-written by an attempt that died
         dist.barrier(self._group)
-        state = self._tensors() | {"extra": json.dumps(dict(extra) | {"step": step})}
+        shapes = {} if self._topology is None else self._topology.shapes
+        state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
         if self._config.asynchronous:
             written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
             self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
@@ -116,8 +130,9 @@ class Checkpointer:
         Raises:
             ConfigError: it is of another model.
         """
-        self._check(path)
-        state = self._tensors() | {"extra": ""}
+        stored = self._check(path)
+        counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
+        state = self._whole() | counts | {"extra": ""}
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
@@ -127,17 +142,25 @@ class Checkpointer:
             rows = self._topology.rows
             masks, *ever = ({name: unpack(_local(state[f"{kind}/{name}"]), rows[name].cols) for name in rows} for kind in self._kinds)
             self._topology.replace(masks, ever[0] if ever else masks)
+            set_masks(self._sharded, self._optimizer, self._topology)
+            for kind in self._live:
+                self._load_live(path, kind, stored, counts)
         return extra
 
-    def _check(self, path: Path) -> None:
-        """Compare names and whole shapes; DCP's own loading fails late, and would leave what it has loaded until then."""
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        found = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        kinds = ("model", "exp_avg", "exp_avg_sq")
-        expected = {f"{kind}/{name}": part.shape for kind in kinds for name, part in self._sharded.parts.items()}
+    def _check(self, path: Path) -> dict[str, tuple[int, ...]]:
+        """Compare names and whole shapes; DCP's own loading fails late, and would leave what it has loaded until then.
+
+        Returns:
+            Key -> shape of every stored tensor.
+        """
+        stored = stored_shapes(path)
+        found: dict[str, Any] = {key: "live weights" if key.count("/") == 2 else shape for key, shape in stored.items()}
+        found = {"/".join(key.split("/")[:2]): shape for key, shape in found.items() if not key.startswith("rows/")}
+        expected: dict[str, Any] = {f"{kind}/{name}": part.shape for kind in KINDS for name, part in self._sharded.parts.items()}
         if self._topology is not None:
             packed = {name: (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
             expected |= {f"{kind}/{name}": size for kind in self._kinds for name, size in packed.items()}
+            expected |= {f"{kind}/{name}": "live weights" for kind in self._live for name in self._topology.shapes}
         wrong = [key for key in [*expected, *sorted(found.keys() - expected.keys())] if found.get(key) != expected.get(key)]
         if wrong:
             shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])
@@ -145,18 +168,71 @@ class Checkpointer:
                 f"Expected {path} to be a checkpoint of this model. Got {len(wrong)} tensors that differ: {shown}. "
                 "Choose another run.name, or go back to the model and sparsity that the checkpoint was made with."
             )
+        return stored
 
-    def _tensors(self) -> dict[str, Any]:
-        """Key -> tensor that shares memory with the live one (masks: packed copies, or room for them)."""
-        with torch.no_grad():
-            values = {f"model/{name}": (name, part.local.detach()) for name, part in self._sharded.parts.items()}
-            for which in ("exp_avg", "exp_avg_sq"):
-                found = moments(self._sharded, self._optimizer, which)
-                values |= {f"{which}/{name}": (name, value) for name, value in found.items()}
-            if self._topology is not None:
-                found = {"mask": self._topology.masks, "ever": self._topology.ever}
-                values |= {f"{kind}/{name}": (name, pack(mask)) for kind in self._kinds for name, mask in found[kind].items()}
-        return {key: self._sharded.stored(name, value) for key, (name, value) in values.items()}
+    def _whole(self) -> dict[str, Any]:
+        """Key -> tensor that shares memory with the live one (masks: packed copies, or room for them), of all that is stored whole."""
+        values = {key: found for key, found in self._values() if not self._is_packed(*key)}
+        if self._topology is not None:
+            kinds = {"mask": self._topology.masks, "ever": self._topology.ever}
+            values |= {(kind, name): pack(mask) for kind in self._kinds for name, mask in kinds[kind].items()}
+        return {f"{kind}/{name}": self._sharded.stored(name, value) for (kind, name), value in values.items()}
+
+    def _parts(self) -> dict[str, Any]:
+        """Key -> live elements of this rank's rows, and how many there are in each row."""
+        found: dict[str, Any] = {}
+        if self._topology is None:
+            return found
+        for (kind, name), value in self._values():
+            if self._is_packed(kind, name) and value.numel():
+                live = value if value.ndim == 1 else self._topology.live(name).take(value)
+                found[f"{kind}/{name}/{self._sharded.parts[name].first}"] = live
+        for name, mask in self._topology.masks.items():
+            found[f"rows/{name}"] = self._sharded.stored(name, mask.sum(1, keepdim=True, dtype=torch.int32))
+        return found
+
+    def _load_live(self, path: Path, kind: str, stored: Mapping[str, tuple[int, ...]], counts: Mapping[str, Tensor]) -> None:
+        """Fill the live elements of this rank's rows from the parts that hold some of them."""
+        assert self._topology is not None
+        found: dict[str, Tensor] = {}
+        moves: list[tuple[str, slice, Tensor]] = []
+        filled: list[tuple[str, Tensor, Tensor]] = []
+        for (which, name), value in self._values():
+            if which != kind or not self._is_packed(kind, name):
+                continue
+            rows, live = self._topology.rows[name], self._topology.live(name)
+            starts = [0, *counts[f"rows/{name}"].flatten().cumsum(0).tolist()]  # of each row among all live weights
+            begin, end = starts[rows.first] if rows.count else 0, starts[rows.first + rows.count] if rows.count else 0
+            target = value if value.ndim == 1 else value.new_empty(live.nnz)
+            for key, (size, *_) in stored.items():
+                if not key.startswith(f"{kind}/{name}/"):
+                    continue
+                offset = starts[int(key.rpartition("/")[2])]
+                first, last = max(begin, offset), min(end, offset + size)
+                if first < last:
+                    found[key] = torch.empty(size)
+                    moves.append((key, slice(first - offset, last - offset), target[first - begin : last - begin]))
+            filled.append((name, target, value))
+        load_alone(path, found)
+        for key, here, target in moves:
+            target.copy_(found[key][here])
+        for name, target, value in filled:
+            if target is not value:
+                self._topology.live(name).put(target, value)
+
+    def _values(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """((kind, name), this rank's rows or their live elements) of the weights, and of the moments that this rank has."""
+        for name, part in self._sharded.parts.items():
+            yield ("model", name), part.local.detach()
+        for which in MOMENTS:
+            for name, value in moments(self._sharded, self._optimizer, which).items():
+                yield (which, name), value
+
+    def _is_packed(self, kind: str, name: str) -> bool:
+        return kind in self._live and name in self._packed()
+
+    def _packed(self) -> dict[str, Shape]:
+        return {} if self._topology is None else self._topology.shapes
 
     def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
         """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
@@ -174,6 +250,47 @@ class Checkpointer:
         for old in older[: max(0, len(older) + 1 - self._config.keep)]:
             if old != self.path(protect):
                 shutil.rmtree(old)
+
+
+def load_alone(path: Path, state: dict[str, Any]) -> None:
+    """Fill tensors from a checkpoint in this process, whatever others do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of each tensor in a checkpoint, as the top of this file names them."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def extra_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint was saved with as ``extra``, its ``step``, and the ``shapes`` of the weights that have masks."""
+    state = {"extra": ""}
+    load_alone(path, state)
+    return json.loads(state["extra"])
+
+
+def read_masks(path: Path) -> dict[str, Tensor]:
+    """Name -> whole mask, [rows, ceil(cols / 8)] uint8; empty for a dense model."""
+    state = {key: torch.empty(shape, dtype=torch.uint8) for key, shape in stored_shapes(path).items() if key.startswith("mask/")}
+    if state:
+        load_alone(path, state)
+    return {key.removeprefix("mask/"): bits for key, bits in state.items()}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Name -> whole weight with its zeros, float32, whatever number of ranks wrote it."""
+    state = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith("model/")}
+    load_alone(path, state)
+    weights = {key.removeprefix("model/"): value for key, value in state.items() if key.count("/") == 1}
+    masks, shapes = read_masks(path), extra_of(path)["shapes"]
+    for name, bits in masks.items():
+        parts = {int(key.rpartition("/")[2]): value for key, value in state.items() if key.startswith(f"model/{name}/")}
+        live = torch.cat([parts[first] for first in sorted(parts)]) if parts else torch.empty(0)
+        weights[name] = Live(unpack(bits, shapes[name][1])).put(live)
+    return weights
 
 
 def committed(folder: Path) -> list[Path]:

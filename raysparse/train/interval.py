@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from raysparse.train.keeper import Change
-from raysparse.train.optimizer import moments
+from raysparse.train.optimizer import dense_moments
 from raysparse.train.state import State, Training
 
 
@@ -16,7 +16,9 @@ class Interval:
 
     def __init__(self, t: Training, state: State):
         self._t, self._state = t, state
-        self._seconds_before, self._bytes_before = state.seconds, state.bytes_sent
+        self._seconds_before = state.seconds
+        self._sent_before = state.bytes_sent, state.dense_bytes, state.wire_seconds
+        self._sent = (state.step, *self._sent_before)  # at the last report
         self._began = self._mark = time.perf_counter()
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
         self._loss: Tensor | None = None
@@ -42,7 +44,9 @@ class Interval:
 
     def into(self, state: State) -> None:
         state.seconds = self._seconds_before + time.perf_counter() - self._began
-        state.bytes_sent = self._bytes_before + self._t.sharded.wire.bytes_sent
+        wire, (sent, dense, seconds) = self._t.sharded.wire, self._sent_before
+        state.bytes_sent, state.dense_bytes = sent + wire.bytes_sent, dense + wire.dense_bytes
+        state.wire_seconds = seconds + wire.seconds
 
     def report(self, lr: float, norm: float) -> None:
         t, state = self._t, self._state
@@ -66,10 +70,18 @@ class Interval:
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
-        } | _layer_sparsity(t)  # fmt: skip
+        } | self._wire() | _layer_sparsity(t)  # fmt: skip
         t.meter.write(record, tags)
         t.run.show(record)
         self._loss, self._targets, self._tokens, self._mark = None, 0, state.tokens, now
+
+    def _wire(self) -> dict[str, float]:
+        """A step's bytes that this rank sent, those of whole buffers, and seconds in collectives, in the mean since the last report."""
+        now = self._state.step, self._state.bytes_sent, self._state.dense_bytes, self._state.wire_seconds
+        steps, *grown = (after - before for after, before in zip(now, self._sent, strict=True))
+        self._sent = now
+        names = ("wire/bytes_per_step", "wire/dense_bytes_per_step", "wire/seconds_per_step")
+        return {name: amount / max(1, steps) for name, amount in zip(names, grown, strict=True)}
 
     def pause(self, seconds: float) -> None:
         """Time that is not training (validation) counts neither in tokens/s nor in the run's seconds."""
@@ -82,7 +94,7 @@ def check_leaks(t: Training) -> None:
         return
     tensors = {"weight": t.sharded.local}
     if not t.keeper.keeps_moments:
-        tensors |= {which: moments(t.sharded, t.optimizer, which) for which in ("exp_avg", "exp_avg_sq")}
+        tensors |= {which: dense_moments(t.sharded, t.optimizer, which, t.keeper.topology) for which in ("exp_avg", "exp_avg_sq")}
     for what, found in tensors.items():
         present = {name: found[name] for name in t.keeper.topology.masks if name in found}
         leaks = t.keeper.topology.leaks(present)

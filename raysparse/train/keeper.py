@@ -25,7 +25,7 @@ from raysparse.sparsity.manager import Verdict
 from raysparse.sparsity.topology import Topology
 from raysparse.sparsity.vote import Vote
 from raysparse.train.error import TrainingError
-from raysparse.train.optimizer import moments, set_masks
+from raysparse.train.optimizer import dense_moments, set_masks
 from raysparse.train.run import Manager
 from raysparse.train.shard import Sharded
 
@@ -58,13 +58,13 @@ class Keeper:
         agenda: what happens when.
         topology: this rank's rows of the masks.
         live: live weights of each layer over all ranks.
-        keeps_moments: whether dead weights may have moments in some phase of this run (`Rewiring.reset_grown_state`).
+        keeps_moments: whether dead weights may have moments in some phase of this run.
     """
 
     def __init__(self, agenda: Agenda, topology: Topology, sharded: Sharded, optimizer: Optimizer, manager: Callable[[], Manager]):
         self.agenda, self.topology = agenda, topology
         self.live: dict[str, int] = {}
-        self.keeps_moments = not all(span.rule.resets_state for span in agenda.spans)
+        self.keeps_moments = agenda.keeps_moments
         self._sharded, self._optimizer = sharded, optimizer
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
         self._manager = manager() if dist.get_rank() == 0 else None
@@ -108,9 +108,9 @@ class Keeper:
         rule, names = self.agenda.span(step).rule, list(self.topology.masks)
         update: TopologyUpdate = self._from_manager(lambda manager: manager.decide(step))
         values = {name: self._sharded.parts[name].local.detach() for name in names}
-        dense = self._sharded.spread(gradients, names) if rule.reads_gradient else {}
         if not rule.grows_by_gradient:
-            self.topology.kill(dense)
+            self.topology.kill(gradients)  # what grows has none yet, whether or not kernels and collectives have made it
+        dense = self._sharded.spread(gradients, names) if rule.reads_gradient else {}
         skipped = self._not_finite(dense)
         if skipped:
             proposal = Proposal(self.topology.masks, {}, {})
@@ -133,7 +133,7 @@ class Keeper:
     def count(self) -> None:
         """Count the live weights anew, after other masks were loaded; every rank calls this."""
         self.live = self.topology.nnz(self._sharded.ranks)
-        self._told = set_masks(self._sharded, self._optimizer, self.topology.masks)
+        self._told = set_masks(self._sharded, self._optimizer, self.topology)
 
     def settle(self) -> None:
         """After an optimizer step: dead weights that were moved by their moments are 0 again."""
@@ -169,10 +169,10 @@ class Keeper:
         before = self.topology.masks
         self.topology.evolve(proposal.masks)
         self.topology.kill(values)
-        self._told = set_masks(self._sharded, self._optimizer, self.topology.masks)
+        self._told = set_masks(self._sharded, self._optimizer, self.topology)
         if resets_state:
             for which in ("exp_avg", "exp_avg_sq"):
-                found = moments(self._sharded, self._optimizer, which)
+                found = dense_moments(self._sharded, self._optimizer, which, self.topology)
                 self.topology.kill(found)
                 for name in before.keys() & found.keys() if self.keeps_moments else ():  # of a phase that kept them
                     found[name].masked_fill_(proposal.masks[name] & ~before[name], 0.0)

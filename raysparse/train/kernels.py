@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,10 @@ FILE = "kernels.json"
 def check_kernels(mode: KernelMode, run: RunConfig) -> None:
     """Raise a `ConfigError` if sparse kernels are asked for that this machine cannot run."""
     assert mode in get_args(KernelMode)
+    if (wanted := os.environ.get(library.CHOICE, "")) not in ("", "off", *library.VARIANTS):
+        raise ConfigError(
+            f"Expected {library.CHOICE} to be one of {', '.join(library.VARIANTS)}, off. Got {wanted!r}. Correct it, or unset it."
+        )
     if mode != "sparse":
         return
     if resolve_device(run) != "cpu":
@@ -36,7 +41,7 @@ def check_kernels(mode: KernelMode, run: RunConfig) -> None:
     if (reason := library.why_not()) is not None:
         raise ConfigError(
             f"Expected the native kernels for kernels=sparse. Got none: {reason}. "
-            "Install g++ and raysparse again, or use kernels=auto. `raysparse doctor` shows what is there."
+            f"{library.remedy()} Or use kernels=auto. `raysparse doctor` shows what is there."
         )
 
 
@@ -148,7 +153,7 @@ class Kernels:
         return [skipped_by("forward"), skipped_by("backward"), {} if dense_gradient else skipped_by("gradient")]
 
     def facts(self) -> dict[str, Any]:
-        """For the summary: the build, and of each product how many layers skip zeros and the median measured gain of those."""
+        """For the summary: the build, and of each product how many layers skip zeros and the median gain of all that were measured."""
         return {"native": library.variant(), "mode": self._mode, "layers": len(self._layers)} | {
             which: {"sparse": sparse, "gain": gain} for which, (sparse, gain) in self._totals().items()
         }
@@ -167,11 +172,11 @@ class Kernels:
         self._gains = box[0]
 
     def _totals(self) -> dict[str, tuple[int, float | None]]:
-        """Of each product: layers that skip zeros, and the median measured gain of those."""
+        """Of each product: layers that skip zeros, and the median gain of all that were measured."""
         totals: dict[str, tuple[int, float | None]] = {}
         for which in ("forward", "backward", "gradient"):
             names = [name for name, products in self._products.items() if getattr(products, which)]
-            gains = [getattr(self._gains[self._cases[name]], which) for name in names if name in self._cases]
+            gains = [getattr(self._gains[case], which) for case in self._cases.values()]
             totals[which] = len(names), median(gains) if gains else None
         return totals
 

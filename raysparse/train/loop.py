@@ -28,7 +28,7 @@ def train(t: Training, state: State) -> State:
     """Train from `state` to the end of the run; returns the final state. Every rank calls this."""
     interval = Interval(t, state)
     while state.step < t.pace.steps and not _stale(t, state):
-        lr = _set_lr(t, state.step)
+        lr, began = _set_lr(t, state.step), time.perf_counter()
         loss, targets, tokens = forward_backward(t, state.step)
         _count(t, state.step, tokens)
         norm, stepped, change = update(t, state.step)
@@ -43,6 +43,8 @@ def train(t: Training, state: State) -> State:
         interval.add(loss, targets)
         if change is not None:
             interval.note(change)
+        elif said := t.sharded.took(time.perf_counter() - began):
+            t.run.show({"text": said})
         last = state.step == t.pace.steps
         if last or _due(state.step, t.pace.log):
             interval.report(lr, norm)
@@ -60,8 +62,7 @@ def train(t: Training, state: State) -> State:
         state.losses |= t.checkpointer.load(t.checkpointer.path(state.best_step))["state"]["losses"]
         if t.keeper is not None:
             t.keeper.count()
-            if t.kernels is not None:
-                t.kernels.refresh(t.keeper.topology, t.nnz, t.sharded)
+            t.follow()
     return state
 
 
@@ -74,6 +75,7 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
     torch.manual_seed(counter.key(t.seed, "dropout", step, t.run.rank))
     if t.hybrid is not None:
         t.hybrid.set(t.agenda.attention(step))  # validation keeps the pattern of the last step
+    t.sharded.begin(t.looks_at_dead(step))
     if t.kernels is not None:
         t.kernels.begin(t.looks_at_dead(step))
     micro_batches = _micro_batches(t, step)
@@ -97,9 +99,8 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
     """
     gradients = t.sharded.collect()
     change = None if t.keeper is None else t.keeper.evolve(step, gradients)
-    if change is not None and change.skipped is None and t.kernels is not None:
-        assert t.topology is not None
-        t.kernels.refresh(t.topology, t.nnz, t.sharded)
+    if change is not None and change.skipped is None:
+        t.follow()
     if t.topology is not None:
         t.topology.kill(gradients)
     num_rows = sum(part.shape[0] for part in t.sharded.parts.values())

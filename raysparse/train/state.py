@@ -74,6 +74,8 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     bytes_sent: int = 0
+    dense_bytes: int = 0
+    wire_seconds: float = 0.0
     best_loss: float = math.inf
     best_step: int = 0
     stale: int = 0
@@ -123,6 +125,13 @@ class Training:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.sharded.parts.values())).local.device
+
+    def follow(self) -> None:
+        """The masks are new, or others: kernels and collectives follow them. Every rank calls this."""
+        if self.topology is not None:
+            if self.kernels is not None:
+                self.kernels.refresh(self.topology, self.nnz, self.sharded)
+            self.sharded.follow(self.topology)
 
     def looks_at_dead(self, step: int) -> bool:
         """Whether the step has an update that reads the gradients of dead weights."""

@@ -24,7 +24,7 @@ from raysparse.kernels import attention, decode, library, select
 from raysparse.kernels import random as splitmix
 from raysparse.kernels.stream import Stream, Use
 from raysparse.sparsity.attention import Fixed, Full, Local, LocalOrStrided, Pattern, Strided
-from tests.kernels import streams, test_adamw, test_attention, test_select
+from tests.kernels import streams, test_adamw, test_attention, test_live, test_select
 from tests.kernels.conftest import forget
 from tests.sparsity import test_counter
 
@@ -102,28 +102,43 @@ def fuzz_attention(rng: random.Random) -> None:
 
     dtype = rng.choice([torch.float32, torch.bfloat16])
     tensors = test_attention.inputs(rng.choice([1, 2]), heads, key_heads, length, width, dtype)
-    test_attention.check(tensors, [pattern() for _ in range(heads)])
+    patterns = [pattern() for _ in range(heads)]
+    test_attention.check(tensors, patterns)
+    wild = [tensor.detach().clone() for tensor in tensors]
+    wild[rng.randrange(4)][0, 0, rng.randrange(length), rng.randrange(width)] = rng.choice([torch.nan, torch.inf, -torch.inf])
+    test_attention.run([*(tensor.requires_grad_() for tensor in wild[:3]), wild[3]], test_attention.rules_of(patterns))
 
 
 def fuzz_decode(rng: random.Random) -> None:
     """Packed weights of every kind; then the same with something broken in its arrays, which is refused or harmless."""
-    rows, cols, tokens = rng.choice([0, 1, 5, 33, 96]), rng.choice([1, 2, 63, 64, 65, 130, 257, 521]), rng.choice([0, 1, 2, 3, 7, 8, 9, 33])
+    rows, cols, tokens = (
+        rng.choice([0, 1, 5, 33, 96]),
+        rng.choice([0, 1, 2, 63, 64, 65, 130, 257, 521]),
+        rng.choice([0, 1, 2, 3, 7, 8, 9, 33]),
+    )
     g = torch.Generator().manual_seed(rng.getrandbits(32))
     dense = torch.randn(rows, cols, generator=g) * (torch.rand(rows, cols, generator=g) < rng.choice([0, 0.02, 0.25, 0.9, 1]))
     dtype = rng.choice([torch.float32, torch.bfloat16, torch.int8])
     weight = decode.pack(dense, dtype, rng.choice(["bits", "columns", "dense"]))
-    x = torch.randn(tokens, cols, generator=g).to(weight.dtype)
-    y = decode.linear(weight, x)
+    step, bias = rng.choice([1, 2]), torch.randn(rows, generator=g).to(weight.dtype) if rng.random() < 0.5 else None
+    x = torch.randn(tokens, step * cols, generator=g).to(weight.dtype)[:, ::step]
+    y = decode.linear(weight, x, bias)
     unpacked = decode.unpack(weight).double()
-    largest = x.double().abs().amax(1, keepdim=True) * (2**-15 if dtype == torch.int8 else 0)
-    slack = largest * unpacked.abs().sum(1)
-    exact = x.double() @ unpacked.t()
+    largest = (x.double().abs().amax(1, keepdim=True) if cols else torch.zeros(tokens, 1)) * (2**-15 if dtype == torch.int8 else 0)
+    added = torch.zeros(rows).double() if bias is None else bias.double()
+    slack = largest * unpacked.abs().sum(1) + added.abs() * 2**-22
+    exact = x.double() @ unpacked.t() + added
     bound = (
         slack
         + (x.double().abs() @ unpacked.t().abs()) * 2**-23 * (cols + 2)
         + exact.abs() * (2**-8 if y.dtype == torch.bfloat16 else 2**-23)
     )
     assert bool(((y.double() - exact).abs() <= bound + 1e-30).all())
+    if tokens and cols:
+        wild, token = x.clone(), rng.randrange(tokens)
+        wild[token, rng.randrange(cols)] = rng.choice([torch.nan, torch.inf, -torch.inf])
+        others = torch.arange(tokens) != token
+        assert torch.equal(decode.linear(weight, wild, bias)[others], y[others])
     broken = _broken(weight, rng)
     if decode.problem(broken) is None:
         decode.linear(broken, x)
@@ -183,6 +198,7 @@ CASES: Mapping[str, Callable[[random.Random], None]] = {
     "select": fuzz_select,
     "random": fuzz_random,
     "adamw": test_adamw.check_drawn,
+    "live": test_live.check_drawn,
 }
 
 

@@ -2,6 +2,7 @@
 
 import random
 from copy import deepcopy
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from raysparse.kernels import adamw, library
-from raysparse.kernels.adamw import AdamW, Rates
+from raysparse.kernels.adamw import AdamW, Rates, TorchAdamW
 from raysparse.kernels.bits import pack
+from raysparse.kernels.live import Live
 from tests.kernels.conftest import forget
 
 SHAPES = [(0, 5), (3, 0), (1, 1), (1, 7), (7, 1), (5, 8), (3, 13), (4, 16), (2, 17), (31, 63), (1, 1023), (2, 1024), (3, 1025), (67, 64)]
@@ -226,7 +228,7 @@ def test_masked_parameters(native):
     mask = drawn(module[0].weight.shape, 0.5)[1]
     with torch.no_grad():
         module[0].weight.mul_(mask)
-    optimizer.set_masks({module[0].weight: pack(mask)})
+    optimizer.set_masks({module[0].weight: Live(mask)})
     trained(module, optimizer, 5)
     state = optimizer.state[module[0].weight]
     for tensor in (module[0].weight, state["exp_avg"], state["exp_avg_sq"]):
@@ -240,7 +242,7 @@ def test_masked_parameters(native):
 def test_a_copy_has_no_masks(native):
     module = model()
     optimizer = AdamW(module.parameters())
-    optimizer.set_masks({module[0].weight: torch.zeros(17, 2, dtype=torch.uint8)})
+    optimizer.set_masks({module[0].weight: Live(torch.zeros(17, 13, dtype=torch.bool))})
     copy = deepcopy(optimizer)
     copy.param_groups[0]["params"][0].grad = torch.ones(17, 13)
     copy.step()
@@ -250,10 +252,36 @@ def test_a_copy_has_no_masks(native):
 def test_loading_a_state_leaves_the_masks(native):
     module = model()
     optimizer = AdamW(module.parameters())
-    optimizer.set_masks({module[0].weight: torch.zeros(17, 2, dtype=torch.uint8)})
+    optimizer.set_masks({module[0].weight: Live(torch.zeros(17, 13, dtype=torch.bool))})
     optimizer.load_state_dict(optimizer.state_dict())
     trained(module, optimizer, 1)
     assert not module[0].weight.any()
+
+
+@pytest.mark.parametrize("kind", [AdamW, partial(TorchAdamW, foreach=True), partial(TorchAdamW, fused=True)])
+def test_live_moments_follow_the_masks(native, kind):
+    """Kept where a weight stays alive, 0 where it grew, gone where it died: as moments of all weights that are masked."""
+    mine, dense = model(), model()
+    weight, other = mine[0].weight, dense[0].weight
+    first, second = (drawn(weight.shape, 0.5, seed)[1] for seed in (1, 2))
+    optimizer, reference = kind(groups(mine), lr=0.01), AdamW(groups(dense), lr=0.01)
+    optimizer.set_masks({weight: Live(first)})
+    optimizer.state[weight] = {"step": torch.zeros(()), **{name: torch.zeros(int(first.sum())) for name in adamw.MOMENTS}}
+    for mask, begin in ((first, 0), (second, 3)):
+        optimizer.set_masks({weight: Live(mask)})
+        reference.set_masks({other: Live(mask)})
+        with torch.no_grad():
+            weight.mul_(mask)
+            other.mul_(mask)
+            for name in adamw.MOMENTS if begin else ():
+                reference.state[other][name].mul_(first & mask)
+        for module, steps in ((mine, optimizer), (dense, reference)):
+            trained(module, steps, 3, first=begin)
+        for name in adamw.MOMENTS:
+            assert optimizer.state[weight][name].shape == (int(mask.sum()),)
+            torch.testing.assert_close(optimizer.state[weight][name], reference.state[other][name][mask], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6)
+        assert not weight[~mask].any()
 
 
 def test_parameters_that_are_not_contiguous_are_not_for_it(native):
@@ -306,7 +334,7 @@ BITS = torch.zeros(3, 1, dtype=torch.uint8)
         (lambda w: adamw.advance_live(w, w, FLAT[:3], FLAT[:2], RATES, BITS + 1), "2"),
         (lambda w: adamw.advance_live(w, w, w, w, RATES, BITS), "3, 8"),
         (lambda w: Rates.at(0, 1.0, (0.9, 0.9), 1.0, 0.0), "0"),
-        (lambda w: AdamW([nn.Parameter(w)]).set_masks({nn.Parameter(w): BITS.bool()}), "bool"),
+        (lambda w: AdamW([nn.Parameter(w)]).set_masks({nn.Parameter(w): Live(w[:2] == 0)}), r"\(2, 8\) for \(3, 8\)"),
     ],
 )
 def test_what_is_not_as_it_should_be_never_reaches_native_code(native, call, text):

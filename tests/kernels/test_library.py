@@ -103,6 +103,8 @@ def test_pointers_are_of_contiguous_tensors_here(native):
     assert library.pointer(x[1:]) == x.data_ptr() + 16
     with pytest.raises(ValueError, match=r"strides \(1, 4\)"):
         library.pointer(x.t())
+    with pytest.raises(ValueError, match="negated"):
+        library.pointer(torch._neg_view(torch.ones(3)))
     with pytest.raises(ValueError, match="meta"):
         library.pointer(x.to("meta"))
 

@@ -363,6 +363,13 @@ def test_autocast_computes_in_bfloat16():
     assert_equal(found, expected, mask, 2 * TOLERANCE[torch.bfloat16])
 
 
+def test_autocast_to_another_type_is_dense():
+    layer, mask = masked(50, 70)
+    x = torch.randn(5, 70)
+    with torch.autocast("cpu", torch.float16):
+        assert sparse(layer, mask)(x).dtype == layer(x).dtype == torch.float16
+
+
 def test_streams_of_another_dtype_than_autocast_leave_dead_gradients_zero():
     """Products are dense then, and the mask is all that keeps dead weights dead."""
     layer, mask = masked(50, 70)

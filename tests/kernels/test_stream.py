@@ -139,6 +139,8 @@ def test_a_copy_has_memory_of_its_own(native):
 
 
 BAD = {
+    "fewer columns than none": lambda: Stream(torch.ones(4, 0, dtype=torch.uint8), -1, torch.float32, Use.FORWARD),
+    "a dtype that streams do not have": lambda: Stream(torch.ones(6, 2, dtype=torch.uint8), 10, torch.float16, Use.FORWARD),
     "bits of another dtype": lambda: Stream(torch.ones(6, 2), 10, torch.float32, Use.FORWARD),
     "too few bits": lambda: Stream(torch.ones(6, 1, dtype=torch.uint8), 10, torch.float32, Use.FORWARD),
     "too many bits": lambda: Stream(torch.ones(6, 3, dtype=torch.uint8), 10, torch.float32, Use.FORWARD),

@@ -111,6 +111,8 @@ def snapshot(t: Training) -> dict[str, Any]:
     result: dict[str, Any] = {f"model/{name}": t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
     for which in ("exp_avg", "exp_avg_sq"):
         for name, value in moments(t.sharded, t.optimizer, which).items():
+            if t.topology is not None and name in t.topology.masks and value.ndim == 1:
+                value = t.topology.live(name).put(value)
             result[f"{which}/{name}"] = t.sharded.whole(name, value)
     if t.topology is not None:
         result |= {f"mask/{name}": t.sharded.whole(name, pack(mask)) for name, mask in t.topology.masks.items()}

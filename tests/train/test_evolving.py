@@ -16,7 +16,7 @@ import torch.distributed as dist
 from raysparse.models.build import ModelConfig, build
 from raysparse.train.error import TrainingError
 from raysparse.train.loop import forward_backward, train, update
-from raysparse.train.optimizer import moments
+from raysparse.train.optimizer import dense_moments, moments
 from tests.ranks import spawn
 from tests.train.steps import CONTEXT, Died, assemble, dead, differences, history, masks_of, run, run_with_hash_seed, snapshot
 
@@ -440,15 +440,17 @@ def moments_of_mst_code(folder: str, sections: dict[str, Any], reset: bool) -> t
     """(nonzero dead weights, nonzero dead first moments) after the run."""
     t, state = assemble(folder, sections, SET | {"evolution": {"type": "set", "update_interval": 3, "reset_grown_state": reset}})
     train(t, state)
-    found = moments(t.sharded, t.optimizer, "exp_avg")
+    assert t.topology is not None
+    found = dense_moments(t.sharded, t.optimizer, "exp_avg", t.topology)
     masks = masks_of(t)
+    assert found.keys() == (set() if reset else masks.keys())  # live moments alone where none is to be kept of the dead
     weights = sum(int((t.sharded.parts[name].local[~mask] != 0).sum()) for name, mask in masks.items())
-    return weights, sum(int((found[name][~mask] != 0).sum()) for name, mask in masks.items())
+    return weights, sum(int((found[name][~mask] != 0).sum()) for name, mask in masks.items() if name in found)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "fused"])
 def test_dead_moments_are_kept_only_on_request(tmp_path, implementation):
-    sections = SECTIONS | {"optimizer": SECTIONS.get("optimizer", {}) | {"implementation": implementation}}
+    sections = SECTIONS | {"optimizer": SECTIONS.get("optimizer", {}) | {"implementation": implementation, "state": "auto"}}
     assert spawn(moments_of_mst_code, 1, str(tmp_path / "reset"), sections, True) == [(0, 0)]
     ((weights, kept),) = spawn(moments_of_mst_code, 1, str(tmp_path / "kept"), sections, False)
     assert weights == 0
@@ -472,11 +474,16 @@ def regrown(folder: str, sections: dict[str, Any]) -> None:
             part.local.grad = torch.zeros_like(part.local)
         t.optimizer.step()
     for name, mask in grown.items():
-        for tensor in (t.sharded.parts[name].local, *(moments(t.sharded, t.optimizer, which)[name] for which in ("exp_avg", "exp_avg_sq"))):
+        kept = [moments(t.sharded, t.optimizer, which)[name] for which in ("exp_avg", "exp_avg_sq")]
+        whole = [value if value.ndim == 2 else t.topology.live(name).put(value) for value in kept]
+        for tensor in (t.sharded.parts[name].local, *whole):
             assert not tensor[mask].any(), name
 
 
+@pytest.mark.parametrize("state", ["live", "dense"])
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
-def test_a_regrown_weight_starts_from_nothing(tmp_path, implementation):
-    sections = SECTIONS | {"optimizer": {"lr": 1e-2, "clip_norm": 0.05, "weight_decay": 0.1, "implementation": implementation}}
+def test_a_regrown_weight_starts_from_nothing(tmp_path, implementation, state):
+    sections = SECTIONS | {
+        "optimizer": {"lr": 1e-2, "clip_norm": 0.05, "weight_decay": 0.1, "implementation": implementation, "state": state}
+    }
     spawn(regrown, 1, str(tmp_path), sections)

@@ -190,7 +190,10 @@ def test_a_measurement_is_made_once_and_kept(native, tmp_path):
     assert first[1] == second[1]
     assert {(p.forward, p.backward, p.gradient) for p in first[1].values()} == {(True, True, False)}
     text = (tmp_path / "console.txt").read_text()
-    assert text.count("kernels: layers that skip zeros: forward 8 of 8 (2.0x), input gradient 8 of 8 (3.0x), weight gradient 0 of 8; ") == 1
+    assert (
+        text.count("kernels: layers that skip zeros: forward 8 of 8 (2.0x), input gradient 8 of 8 (3.0x), weight gradient 0 of 8 (0.5x); ")
+        == 1
+    )
     assert [calls for calls, _ in spawn(measured, 2, str(tmp_path))] == [[], []]  # goes on from step 4
     assert json.loads((tmp_path / FILE).read_text()) == kept
     assert not list(tmp_path.glob("*.partial"))
@@ -236,6 +239,13 @@ def test_sparse_kernels_that_cannot_be_are_refused(monkeypatch):
         check_kernels("sparse", RunConfig(device="cpu"))
     check_kernels("auto", RunConfig(device="cpu"))
     check_kernels("dense", RunConfig(device="cuda"))
+    monkeypatch.setenv(library.CHOICE, "off")
+    with pytest.raises(ConfigError, match=r"Unset RAYSPARSE_NATIVE, or set it to one of avx512, avx2, baseline\. Or use kernels=auto"):
+        check_kernels("sparse", RunConfig(device="cpu"))
+    monkeypatch.setenv(library.CHOICE, "AVX2")
+    for mode in ("auto", "sparse", "dense"):
+        with pytest.raises(ConfigError, match=r"Expected RAYSPARSE_NATIVE to be one of avx512, avx2, baseline, off\. Got .AVX2.\."):
+            check_kernels(mode, RunConfig(device="cpu"))
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from raysparse.config import ConfigError
 from raysparse.data.tokens import DataConfig
 from raysparse.models.build import skeleton
 from raysparse.recipes.plan import estimate_bytes_sent
-from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.pretrain import PretrainConfig, agenda_of
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.optimizer import moments
 from raysparse.train.shard import ShardingConfig
@@ -57,7 +57,7 @@ def test_every_kind_trains_the_same_model(alone, tmp_path, kind, micro):
 def handed_to_fairscale(folder: str) -> tuple[dict[str, int], int, int]:
     """(name -> dead entries that were ever not 0 in the weight, gradient or moments of a tensor that this rank owns,
     reductions, parameters), of three steps of two micro-batches."""
-    t, _ = assemble(folder, sections("fairscale"), SPARSE)
+    t, _ = assemble(folder, sections("fairscale") | {"optimizer": {"state": "dense"}}, SPARSE)
     found: dict[str, int] = {}
     reductions, reduce = [], torch.distributed.reduce
     torch.distributed.reduce = lambda *args, **kwargs: (reductions.append(0), reduce(*args, **kwargs))[1]  # pyrefly: ignore
@@ -95,22 +95,31 @@ def test_dead_entries_are_zero_on_the_owner_under_fairscale(tmp_path):
 WIRE = {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "vocab_size": 102}}
 
 
-def bytes_sent(folder: str, kind: str) -> int:
-    t, _ = assemble(folder, sections(kind) | {"model": WIRE}, SPARSE)
+def bytes_sent(folder: str, settings: dict) -> int:
+    t, _ = assemble(folder, settings, SPARSE)
     for step in range(3):
         forward_backward(t, step)
         update(t, step)
     return t.sharded.wire.bytes_sent
 
 
+@pytest.mark.parametrize("packed", ["off", "on"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plan_says_how_many_bytes_are_sent(tmp_path, kind):
+def test_plan_says_how_many_bytes_are_sent(tmp_path, kind, packed):
     """2 divides all rows here; where the ranks do not, FSDP2 pads, and a little more is sent than planned."""
-    settings = config(**sections(kind) | {"model": WIRE, "run": {"name": "wire", "workers": 2}})
-    values = settings.model_dump() | {"data": DataConfig(context=CONTEXT).model_dump()}
-    planned = estimate_bytes_sent(PretrainConfig.check(values), skeleton(settings.model, None, CONTEXT), torch.float32)
-    assert spawn(bytes_sent, 2, str(tmp_path), kind) == [3 * planned] * 2
-    assert planned > 4 * 102 * 40
+    wire = sections(kind) | {"model": WIRE}
+    wire["sharding"] = wire["sharding"] | {"packed": packed}
+    settings = config(**wire | {"run": {"name": "wire", "workers": 2}})
+    values = settings.model_dump() | {"data": DataConfig(context=CONTEXT).model_dump(), "sparsity": SPARSE}
+    pretrain, model = PretrainConfig.check(values), skeleton(settings.model, None, CONTEXT)
+    planned, live = (estimate_bytes_sent(pretrain, model, torch.float32, agenda) for agenda in (None, agenda_of(pretrain, model)))
+    sent = spawn(bytes_sent, 2, str(tmp_path), wire)
+    if packed == "on" and wire["sharding"]["type"] == "fsdp2":
+        assert sent == pytest.approx([3 * live] * 2, rel=0.02)  # the fuller rank's live weights count
+        assert live < 0.8 * planned
+    else:
+        assert sent == [3 * planned] * 2
+        assert live == planned > 4 * 102 * 40
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def sections(**more: dict) -> dict:
 
 def watched(folder: str, implementation: str) -> list[dict[str, int]]:
     """Before and after each optimizer step: what -> nonzero dead entries here; ``live``: nonzero live gradients."""
-    t, state = assemble(folder, sections(optimizer={"lr": 1e-2, "weight_decay": 0.5, "implementation": implementation}), SPARSE)
+    t, state = assemble(
+        folder, sections(optimizer={"lr": 1e-2, "weight_decay": 0.5, "implementation": implementation, "state": "dense"}), SPARSE
+    )
     assert t.optimizer.param_groups[0].get("fused", "native") == {"fused": True, "foreach": False, "native": "native"}[implementation]
     seen = []
 

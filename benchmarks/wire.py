@@ -1,0 +1,229 @@
+"""What packed collectives save: steps of FSDP2 on ranks that are joined by slow links.
+
+    python -m benchmarks.wire --out benchmarks/results                 2 and 4 ranks, 1 to 10 Gbit/s; 15 minutes, as root on Linux
+    python -m benchmarks.wire --ranks 2 --rates 1 --sparsities 0.75
+
+Each rank is a process in a network namespace of its own, which a virtual Ethernet cable joins to a bridge; ``tc`` shapes both ends of
+every cable to the rate. The model is a stack of GPT-2 blocks, at least 90 % of its weights sparse. Whole and packed buffers take turns
+in one process, step by step; times are wall-clock, of the rank that takes longest. Bytes are what left the rank's network interface,
+headers and acknowledgements included. Dense kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from benchmarks.measure import Ratio, table, write
+from benchmarks.step import Size, assemble
+from raysparse.train.exchange import Choice
+from raysparse.train.loop import forward_backward, update
+from raysparse.train.shard import FSDP2, ShardingConfig
+
+STACK = Size(layers=6, width=1024, vocabulary=256, tokens=32)
+WHOLE_MODEL = Size(layers=12, width=768, vocabulary=50257, tokens=32)
+NETWORK, PORT = "10.201.77", 29777
+GOALS = {"communication": 3.0, "step": 2.0}
+"""Whole over packed at 75 % and 1 Gbit/s."""
+LEAST = 0.98
+"""Whole over packed everywhere else: never slower by more than 2 %, or ``auto`` is off there."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """The cables of a run: so many ranks, each at so many Gbit/s; 0: as fast as they are."""
+
+    ranks: int
+    gbit: float
+
+
+@contextmanager
+def network(link: Link) -> Iterator[list[str]]:
+    """Namespaces that a bridge joins, with the shaped cables; yields their names."""
+    names, bridge = [f"rsw{rank}" for rank in range(link.ranks)], "rsw"
+    try:
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("link", "set", bridge, "up")
+        for rank, name in enumerate(names):
+            _ip("netns", "add", name)
+            _ip("link", "add", f"rswo{rank}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("link", "set", f"rswo{rank}", "master", bridge, "up")
+            _ip("-n", name, "addr", "add", f"{NETWORK}.{rank + 1}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            if link.gbit:
+                shape = ["tbf", "rate", f"{link.gbit}gbit", "burst", f"{max(256, round(200 * link.gbit))}kb", "latency", "20ms"]
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *shape)
+                _run("tc", "qdisc", "add", "dev", f"rswo{rank}", "root", *shape)
+        yield names
+    finally:
+        for rank, name in enumerate(names):
+            subprocess.run(["ip", "link", "del", f"rswo{rank}"], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+
+
+def launch(link: Link, words: Sequence[str]) -> Any:
+    """Run the worker of this module on every rank of the network; returns what rank 0 prints."""
+    with network(link) as names:
+        processes = []
+        for rank, name in enumerate(names):
+            facts = {
+                "RANK": rank,
+                "WORLD_SIZE": link.ranks,
+                "MASTER_ADDR": f"{NETWORK}.1",
+                "MASTER_PORT": PORT,
+                "GLOO_SOCKET_IFNAME": "eth0",
+            }
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.wire", "--worker", *words]
+            environment = os.environ | {key: str(value) for key, value in facts.items()} | {"OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        outputs = [process.communicate(timeout=3000)[0] for process in processes]
+        assert all(process.returncode == 0 for process in processes), [process.returncode for process in processes]
+        return json.loads(outputs[0].splitlines()[-1])
+
+
+def worker(sparsities: Sequence[float], rounds: int, size: Size) -> None:
+    """On one rank: `rounds` steps with whole and with packed buffers, in turns; rank 0 prints what each took and sent."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {}
+    for sparsity in sparsities:
+        with tempfile.TemporaryDirectory() as folder:
+            t = assemble(Path(folder) / "run", size, sparsity, ShardingConfig(packed="on"))
+            assert isinstance(t.sharded, FSDP2)
+            ways = {"whole": Choice("off", float), "packed": Choice("on", float)}
+            rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+            for index in range(1 + rounds):
+                for way in list(ways)[:: 1 if index % 2 else -1]:
+                    t.sharded.choice = ways[way]
+                    row = _step(t, index)
+                    if index:
+                        rows[way].append(row)
+            total = sum(torch.Size(part.shape).numel() for part in t.sharded.parts.values())
+            assert t.topology is not None
+            share = sum(torch.Size(shape).numel() for shape in t.topology.shapes.values()) / total
+            found[str(sparsity)] = {"rows": rows, "parameters": total, "sparse_share": share}
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _step(t: Any, index: int) -> dict[str, float]:
+    """Largest over the ranks of: seconds of a step, seconds in collectives, bytes that left the interface, payload as counted."""
+    dist.barrier()
+    wire, bytes_before = t.sharded.wire, _bytes_out()
+    seconds, sent, began = wire.seconds, wire.bytes_sent, time.perf_counter()
+    forward_backward(t, index)
+    update(t, index)
+    row = {
+        "step": time.perf_counter() - began,
+        "communication": wire.seconds - seconds,
+        "interface": float(_bytes_out() - bytes_before),
+        "counted": float(wire.bytes_sent - sent),
+    }
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, row)
+    return {key: max(other[key] for other in box) for key in row}
+
+
+def _bytes_out() -> int:
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+def _ip(*words: str) -> None:
+    _run("ip", *words)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"Expected to be root on Linux with network namespaces and tc. Got from `{' '.join(command)}`: {done.stderr.strip()}"
+        )
+
+
+def rows_of(link: Link, sparsity: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of whole to packed over the rounds, and medians of both."""
+    rows = facts["rows"]
+    ratio = {key: Ratio.of(*([row[key] for row in rows[way]] for way in ("whole", "packed"))) for key in rows["whole"][0]}
+    middle = {way: {key: statistics.median(row[key] for row in rows[way]) for key in rows[way][0]} for way in rows}
+    return {"ranks": link.ranks, "gbit": link.gbit, "sparsity": float(sparsity), "ratio": ratio, "median": middle} | facts
+
+
+def missed(row: dict[str, Any]) -> bool:
+    if row["sparsity"] == 0.75 and row["gbit"] == 1:
+        return any(row["ratio"][key].median < goal for key, goal in GOALS.items())
+    return row["ratio"]["step"].median < LEAST
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        whole, packed = row["median"]["whole"], row["median"]["packed"]
+        predicted = [8 * way["interface"] / (1e9 * row["gbit"]) if row["gbit"] else 0 for way in (whole, packed)]
+        rate = f"{row['gbit']:g} Gbit/s" if row["gbit"] else "unshaped"
+        lines.append(
+            (
+                f"{row['ranks']} ranks, {rate}, {100 * row['sparsity']:g} %",
+                f"{whole['step']:.2f} : {packed['step']:.2f}",
+                row["ratio"]["step"],
+                f"{whole['communication']:.2f} : {packed['communication']:.2f}",
+                row["ratio"]["communication"],
+                f"{predicted[0]:.2f} : {predicted[1]:.2f}" if row["gbit"] else "",
+                f"{whole['interface'] / 1e6:,.0f} : {packed['interface'] / 1e6:,.0f}",
+                f"{row['ratio']['interface'].median:.2f}",
+                "MISSED" if missed(row) else "",
+            )
+        )
+    columns = ("", "step, s", "whole / packed", "in collectives, s", "whole / packed", "predicted, s", "MB out", "whole / packed", "")
+    return table(columns, lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.wire", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 2.5, 5, 10, 0], help="Gbit/s of every rank's link; 0: unshaped")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=STACK.layers)
+    parser.add_argument("--whole-model", action="store_true", help="also GPT-2 Small, vocabulary and all, 2 ranks unshaped at 75 %%")
+    parser.add_argument("--out", type=Path, help="folder for wire_<hardware>_<date>.{json,md}")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = replace(STACK, layers=args.layers)
+    if args.worker:
+        worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size)
+        return 0
+    words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds), "--layers", str(args.layers)]
+    links, rows = [Link(ranks, gbit) for ranks in args.ranks for gbit in args.rates], []
+    for link in tqdm(links, desc="links"):
+        rows += [rows_of(link, sparsity, facts) for sparsity, facts in launch(link, words).items()]
+    tables = [f"## A stack of {size.layers} blocks of width {size.width}\n\n{report(rows)}"]
+    if args.whole_model:
+        link = Link(2, 0)
+        found = launch(link, ["--sparsities", "0.75", "--rounds", "3", "--whole-model"])
+        whole = [rows_of(link, sparsity, facts) for sparsity, facts in found.items()]
+        tables.append(f"## GPT-2 Small, {whole[0]['parameters']:,} parameters\n\n{report(whole)}")
+        rows += whole
+    print("\n".join(tables))
+    if args.out:
+        print(write(args.out, "wire", {"goals": GOALS, "rows": rows}, tables))
+    return int(any(map(missed, rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Packed buffers train the same bits as whole ones, whatever the ranks, and send fewer bytes."""
+
+import math
+
+import pytest
+import torch
+
+from raysparse.kernels.bits import unpack
+from raysparse.train.exchange import WORTH, Choice, Layout
+from raysparse.train.loop import forward_backward, update
+from tests.ranks import spawn
+from tests.train.steps import SPARSE, assemble, differences, run
+from tests.train.test_evolving import METHODS
+
+EVOLVING = {"length": 24, "sequences": 6, "micro": 3}
+TRAINING = {"length": 7, "sequences": 12, "micro": 2, "validate_every": 7, "validation_sequences": 5}
+
+
+def sections(packed, **more):
+    found = {"training": TRAINING, "sharding": {"packed": packed}}
+    for name, section in more.items():
+        found[name] = found.get(name, {}) | section
+    return found
+
+
+WAYS = {
+    "float32": {},
+    "bfloat16": {"run": {"precision": "bfloat16"}},
+    "kept gathered": {"sharding": {"reshard_after_forward": False}},
+    "accumulated": {"training": {"micro": 1}},
+    "recomputed": {"training": {"activation_checkpointing": True}},
+    "dense moments": {"optimizer": {"state": "dense"}},
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits(tmp_path, way, ranks):
+    whole, packed = (spawn(run, ranks, str(tmp_path / mode), sections(mode, **WAYS[way]), SPARSE) for mode in ("off", "on"))
+    for one, other in zip(whole, packed, strict=True):
+        assert differences(one, other) == []
+        assert other["sent"] < 0.75 * one["sent"]  # of this small model embeddings are half
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_with_replicas(tmp_path, replicas):
+    whole, packed = (spawn(run, 4, str(tmp_path / mode), sections(mode, sharding={"replicas": replicas}), SPARSE) for mode in ("off", "on"))
+    for one, other in zip(whole, packed, strict=True):
+        assert differences(one, other) == []
+        assert other["sent"] < 0.75 * one["sent"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_masks_evolve(tmp_path, method):
+    """Gradients that growth looks at arrive whole, and buffers follow the new masks."""
+    whole, packed = (spawn(run, 3, str(tmp_path / mode), sections(mode, training=EVOLVING), METHODS[method]) for mode in ("off", "on"))
+    for one, other in zip(whole, packed, strict=True):
+        assert differences(one, other) == []
+        assert other["sent"] < one["sent"]
+
+
+def test_fewer_rows_than_ranks(tmp_path):
+    """Of 3 rows 4 ranks hold one or none."""
+    narrow = {"model": {"preset": "debug", "overrides": {"n_embd": 3, "n_head": 1, "n_layer": 2, "vocab_size": 101}}}
+    whole, packed = (spawn(run, 4, str(tmp_path / mode), sections(mode, **narrow), SPARSE) for mode in ("off", "on"))
+    for one, other in zip(whole, packed, strict=True):
+        assert differences(one, other) == []
+
+
+def dead_gradients(folder):
+    """Largest dead and live gradient that arrives, of a step whose dead gradients are asked for and of one where they are not."""
+    t, _ = assemble(folder, sections("on"), SPARSE)
+    found = []
+    for whole in (False, True):
+        t.sharded.begin(whole)
+        begin, t.sharded.begin = t.sharded.begin, lambda _: None
+        forward_backward(t, 0)
+        t.sharded.begin = begin
+        gradients = t.sharded.collect()
+        masks = t.topology.masks
+        found.append([max(float(gradients[name][masks[name] == kind].abs().max()) for name in masks) for kind in (False, True)])
+        t.sharded.zero_grad()
+    return found
+
+
+def test_dead_gradients_arrive_only_when_asked_for(tmp_path):
+    for without, with_them in spawn(dead_gradients, 2, str(tmp_path)):
+        assert without[0] == 0 < without[1]
+        assert with_them[0] > 0
+        assert with_them[1] == without[1]
+
+
+def counted(folder, mode):
+    """Bytes sent in two steps, and what whole buffers would have been."""
+    t, _ = assemble(folder, sections(mode), SPARSE)
+    for step in range(2):
+        forward_backward(t, step)
+        update(t, step)
+    return t.sharded.wire.bytes_sent, t.sharded.wire.dense_bytes, t.sharded.wire.seconds
+
+
+def test_bytes_are_counted_beside_those_of_whole_buffers(tmp_path):
+    for (sent, dense, seconds), (off, of_off, _) in zip(
+        spawn(counted, 2, str(tmp_path / "on"), "on"), spawn(counted, 2, str(tmp_path / "off"), "off"), strict=True
+    ):
+        assert sent < dense == off == of_off
+        assert seconds > 0
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_layouts_are_rows_padded_alike(num_ranks):
+    shapes = {"weight": (7, 5), "bias": (7,), "other": (3, 2)}
+    generator = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(shapes[name], generator=generator) < 0.4 for name in ("weight", "other")}
+    layout = Layout(shapes, masks, num_ranks)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, mask in masks.items():
+        values[name] *= mask
+    widths = []
+    for rank in range(num_ranks):
+        flat = []
+        for value in values.values():
+            here = -(-len(value) // num_ranks)
+            part = value[rank * here : (rank + 1) * here].flatten()
+            flat += [part, torch.zeros(here * math.prod(value.shape[1:]) - part.numel())]
+        flat = torch.cat(flat)
+        assert layout.length == flat.numel()
+        packed, again = torch.full((layout.width,), torch.nan), torch.full_like(flat, torch.nan)
+        layout.pack(flat, rank, packed)
+        layout.unpack(packed, rank, again)
+        assert torch.equal(flat, again)
+        widths.append(layout.live[rank].nnz)
+    assert layout.width == max(widths)
+    assert sum(widths) == 7 + sum(int(mask.sum()) for mask in masks.values())
+
+
+def test_a_buffer_of_another_length_is_refused():
+    layout = Layout({"weight": (2, 4)}, {"weight": unpack(torch.tensor([[1], [2]], dtype=torch.uint8), 4)}, 2)
+    with pytest.raises(ValueError, match="5 elements for 4"):
+        layout.pack(torch.zeros(5), 0, torch.zeros(1))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def steps(choice, seconds, count):
+    """What is said in so many steps that take ``seconds[packed]``, and in which buffers were packed."""
+    said, ways = [], []
+    for _ in range(count):
+        ways.append(choice.packed)
+        said.append(choice.took(seconds[choice.packed]))
+    return [text for text in said if text], ways
+
+
+@pytest.mark.parametrize(("packed", "verb"), [(1.0, "packed"), (3.0, "whole")])
+def test_auto_measures_and_says(packed, verb):
+    choice = Choice("auto", lambda seconds: seconds)
+    choice.at(0.25)
+    said, ways = steps(choice, {True: packed, False: 2.0}, 10)
+    assert said == [f"sharding: buffers are sent {verb}: a step took {packed:.3g} s packed, 2 s whole (sharding.packed=auto)"]
+    assert ways == [False, False, True, False, True, False, True, *[verb == "packed"] * 3]
+
+
+def test_every_density_is_measured_once():
+    choice = Choice("auto", lambda seconds: seconds)
+    for density, expected in ((0.25, 1), (0.5, 1), (0.22, 0)):
+        choice.at(density)
+        assert len(steps(choice, {True: 1.0, False: 2.0}, 10)[0]) == expected
+        assert choice.packed
+
+
+def test_the_slowest_rank_decides():
+    choice = Choice("auto", lambda seconds: 5.0 if seconds == 1.0 else seconds)
+    choice.at(0.25)
+    steps(choice, {True: 1.0, False: 2.0}, 10)
+    assert not choice.packed
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_told_is_told(mode):
+    choice = Choice(mode, lambda seconds: seconds)
+    choice.at(0.25)
+    said, ways = steps(choice, {True: 1.0, False: 2.0}, 9)
+    assert said == []
+    assert ways == [mode == "on"] * 9
+
+
+def test_too_little_to_leave_out_is_sent_whole(tmp_path):
+    assert WORTH == 0.9
+    whole, packed = (spawn(run, 2, str(tmp_path / mode), sections(mode), {"target": 0.05}) for mode in ("off", "on"))
+    assert [one["sent"] for one in packed] == [one["sent"] for one in whole]
