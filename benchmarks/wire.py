@@ -6,7 +6,8 @@
 Each rank is a process in a network namespace of its own, which a virtual Ethernet cable joins to a bridge; ``tc`` shapes both ends of
 every cable to the rate. The model is a stack of GPT-2 blocks, at least 90 % of its weights sparse. Whole and packed buffers take turns
 in one process, step by step; times are wall-clock, of the rank that takes longest. Bytes are what left the rank's network interface,
-headers and acknowledgements included. Dense kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
+headers and acknowledgements included; predicted seconds are these bytes at the rate that was measured with all ranks sending. Dense
+kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def worker(sparsities: Sequence[float], rounds: int, size: Size) -> None:
     """On one rank: `rounds` steps with whole and with packed buffers, in turns; rank 0 prints what each took and sent."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {}
+    found: dict[str, Any] = {"rate": _rate()}
     for sparsity in sparsities:
         with tempfile.TemporaryDirectory() as folder:
             t = assemble(Path(folder) / "run", size, sparsity, ShardingConfig(packed="on"))
@@ -120,6 +121,22 @@ def worker(sparsities: Sequence[float], rounds: int, size: Size) -> None:
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
+
+
+def _rate(elements: int = 16 << 20) -> list[float]:
+    """Gbit/s that a rank sends to its neighbour, when rank 0 alone does and when all do."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine, got, found = torch.zeros(elements), torch.empty(elements), []
+    for everyone in (False, True):
+        dist.barrier()
+        began = time.perf_counter()
+        work = [dist.isend(mine, (rank + 1) % size)] if everyone or rank == 0 else []
+        work += [dist.irecv(got, (rank - 1) % size)] if everyone or rank == 1 else []
+        for one in filter(None, work):
+            one.wait()
+        dist.barrier()
+        found.append(32 * elements / (time.perf_counter() - began) / 1e9)
+    return found
 
 
 def _step(t: Any, index: int) -> dict[str, float]:
@@ -156,12 +173,16 @@ def _run(*command: str) -> None:
         )
 
 
-def rows_of(link: Link, sparsity: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of whole to packed over the rounds, and medians of both."""
-    rows = facts["rows"]
-    ratio = {key: Ratio.of(*([row[key] for row in rows[way]] for way in ("whole", "packed"))) for key in rows["whole"][0]}
-    middle = {way: {key: statistics.median(row[key] for row in rows[way]) for key in rows[way][0]} for way in rows}
-    return {"ranks": link.ranks, "gbit": link.gbit, "sparsity": float(sparsity), "ratio": ratio, "median": middle} | facts
+def rows_of(link: Link, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each sparsity the ratios of whole to packed over the rounds, and medians of both."""
+    rate, made = found.pop("rate"), []
+    for sparsity, facts in found.items():
+        rows = facts["rows"]
+        ratio = {key: Ratio.of(*([row[key] for row in rows[way]] for way in ("whole", "packed"))) for key in rows["whole"][0]}
+        middle = {way: {key: statistics.median(row[key] for row in rows[way]) for key in rows[way][0]} for way in rows}
+        about = {"ranks": link.ranks, "gbit": link.gbit, "measured_gbit": rate, "sparsity": float(sparsity)}
+        made.append(about | {"ratio": ratio, "median": middle} | facts)
+    return made
 
 
 def missed(row: dict[str, Any]) -> bool:
@@ -174,26 +195,39 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         whole, packed = row["median"]["whole"], row["median"]["packed"]
-        predicted = [8 * way["interface"] / (1e9 * row["gbit"]) if row["gbit"] else 0 for way in (whole, packed)]
+        alone, together = row["measured_gbit"]
+        predicted = [8 * way["interface"] / (1e9 * together) for way in (whole, packed)]
         rate = f"{row['gbit']:g} Gbit/s" if row["gbit"] else "unshaped"
         lines.append(
             (
                 f"{row['ranks']} ranks, {rate}, {100 * row['sparsity']:g} %",
+                f"{alone:.2f}, {together:.2f}",
                 f"{whole['step']:.2f} : {packed['step']:.2f}",
                 row["ratio"]["step"],
                 f"{whole['communication']:.2f} : {packed['communication']:.2f}",
                 row["ratio"]["communication"],
-                f"{predicted[0]:.2f} : {predicted[1]:.2f}" if row["gbit"] else "",
+                f"{predicted[0]:.2f} : {predicted[1]:.2f}",
                 f"{whole['interface'] / 1e6:,.0f} : {packed['interface'] / 1e6:,.0f}",
                 f"{row['ratio']['interface'].median:.2f}",
                 "MISSED" if missed(row) else "",
             )
         )
-    columns = ("", "step, s", "whole / packed", "in collectives, s", "whole / packed", "predicted, s", "MB out", "whole / packed", "")
+    columns = (
+        "",
+        "Gbit/s, one sends, all send",
+        "step, s",
+        "whole / packed",
+        "in collectives, s",
+        "whole / packed",
+        "predicted, s",
+        "MB out",
+        "whole / packed",
+        "",
+    )
     return table(columns, lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.wire", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 2.5, 5, 10, 0], help="Gbit/s of every rank's link; 0: unshaped")
@@ -203,7 +237,7 @@ def main() -> int:
     parser.add_argument("--whole-model", action="store_true", help="also GPT-2 Small, vocabulary and all, 2 ranks unshaped at 75 %%")
     parser.add_argument("--out", type=Path, help="folder for wire_<hardware>_<date>.{json,md}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     size = replace(STACK, layers=args.layers)
     if args.worker:
         worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size)
@@ -211,12 +245,11 @@ def main() -> int:
     words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds), "--layers", str(args.layers)]
     links, rows = [Link(ranks, gbit) for ranks in args.ranks for gbit in args.rates], []
     for link in tqdm(links, desc="links"):
-        rows += [rows_of(link, sparsity, facts) for sparsity, facts in launch(link, words).items()]
+        rows += rows_of(link, launch(link, words))
     tables = [f"## A stack of {size.layers} blocks of width {size.width}\n\n{report(rows)}"]
     if args.whole_model:
         link = Link(2, 0)
-        found = launch(link, ["--sparsities", "0.75", "--rounds", "3", "--whole-model"])
-        whole = [rows_of(link, sparsity, facts) for sparsity, facts in found.items()]
+        whole = rows_of(link, launch(link, ["--sparsities", "0.75", "--rounds", "3", "--whole-model"]))
         tables.append(f"## GPT-2 Small, {whole[0]['parameters']:,} parameters\n\n{report(whole)}")
         rows += whole
     print("\n".join(tables))

@@ -182,8 +182,8 @@ class TorchAdamW(Masked, torch.optim.AdamW):
         weights, gradients = live.take(parameter), live.take(parameter.grad.contiguous())  # pyrefly: ignore[missing-attribute]
         beta1, beta2 = group["betas"]
         settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "foreach", "fused", "amsgrad", "maximize")}
-        moments = ([state[which]] for which in MOMENTS)
-        torch_adamw([weights], [gradients], *moments, [], [state["step"]], beta1=beta1, beta2=beta2, **settings)
+        first, second = [state["exp_avg"]], [state["exp_avg_sq"]]
+        torch_adamw([weights], [gradients], first, second, [], [state["step"]], beta1=beta1, beta2=beta2, **settings)
         live.put(weights, parameter)
 
 

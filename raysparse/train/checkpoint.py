@@ -132,7 +132,7 @@ class Checkpointer:
         """
         stored = self._check(path)
         counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
-        state = self._whole() | counts | {"extra": ""}
+        state: dict[str, Any] = self._whole() | counts | {"extra": ""}
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
