@@ -87,6 +87,11 @@ template <bool MASKED>
 void advance(float* p, const float* g, float* m, float* v, const uint8_t* bits, int64_t n, const Rates& rates) {
   const Rates r = rates;
   int64_t i = 0;
+  for (; MASKED && i + 64 <= n; i += 64) {
+    uint64_t word;
+    memcpy(&word, bits + i / 8, 8);
+    UNROLL for (int j = 0; j < 64; j += LANES) advance_vector<MASKED>(p + i + j, g + i + j, m + i + j, v + i + j, word >> j, r);
+  }
   for (; i + LANES <= n; i += LANES) advance_vector<MASKED>(p + i, g + i, m + i, v + i, MASKED ? bits_of(bits, i, LANES) : 0, r);
   if (i == n) return;
   size_t bytes = (size_t)(n - i) * sizeof *p;
@@ -135,5 +140,6 @@ API int64_t rs_adamw_live(float* p, const float* g, float* m, float* v, const ui
     take(block, g + block.start, gradients);
     advance<false>(weights, gradients, m + at, v + at, nullptr, here, *rates);
     put(block, weights, p + block.start);
+    return here;
   });
 }

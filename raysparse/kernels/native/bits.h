@@ -90,8 +90,8 @@ template <class T> void put(const Block& block, const T* live, T* dense) {
     for (uint64_t word = block.word(start); word; word &= word - 1) dense[start + __builtin_ctzll(word)] = *live++;
 }
 
-// Calls f(block, live weights before it) for all blocks, a thread a stretch of them. Returns how many weights live; if they are not nnz,
-// nothing is called.
+// Calls f(block, live weights before it) for all blocks, a thread a stretch of them; f returns how many live in the block. Returns how many
+// weights live; if they are not nnz, nothing is called.
 template <class F> int64_t for_live(const Blocks& blocks, int64_t nnz, int threads, const F& f) {
   int64_t num_live = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : num_live)
@@ -101,10 +101,7 @@ template <class F> int64_t for_live(const Blocks& blocks, int64_t nnz, int threa
   for (int t = 0; t < threads; t++) {
     int64_t first = blocks.start_of(t, threads), end = blocks.start_of(t + 1, threads), at = 0;
     for (int64_t b = 0; b < first; b++) at += blocks[b].num_live();
-    for (int64_t b = first; b < end; b++) {
-      f(blocks[b], at);
-      at += blocks[b].num_live();
-    }
+    for (int64_t b = first; b < end; b++) at += f(blocks[b], at);
   }
   return num_live;
 }

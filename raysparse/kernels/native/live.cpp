@@ -6,15 +6,19 @@ namespace {
 template <class T> int64_t take_all(const T* dense, const uint8_t* bits, int64_t rows, int64_t cols, int64_t nnz, T* live, int threads) {
   return for_live(Blocks(bits, rows, cols), nnz, threads, [&](const Block& block, int64_t at) {
     T found[BLOCK + SPARE<T>];
-    memcpy((void*)(live + at), found, (size_t)take(block, dense + block.start, found) * sizeof(T));
+    int n = take(block, dense + block.start, found);
+    memcpy((void*)(live + at), found, (size_t)n * sizeof(T));
+    return n;
   });
 }
 
 template <class T> int64_t put_all(const T* live, const uint8_t* bits, int64_t rows, int64_t cols, int64_t nnz, T* dense, int threads) {
   return for_live(Blocks(bits, rows, cols), nnz, threads, [&](const Block& block, int64_t at) {
     T here[BLOCK + SPARE<T>];
-    memcpy((void*)here, live + at, (size_t)block.num_live() * sizeof(T));
+    int n = block.num_live();
+    memcpy((void*)here, live + at, (size_t)n * sizeof(T));
     put(block, here, dense + block.start);
+    return n;
   });
 }
 
