@@ -183,7 +183,8 @@ def unpack(weight: Packed, first: int = 0, last: int | None = None) -> Tensor:
         return _scaled(weight, weight.values[first:last], first, last)
     if library.available():
         out = torch.empty(last - first, weight.cols, dtype=weight.dtype)
-        weight._unpack(weight._native, first, last - first, out.data_ptr(), _threads(out.numel()))
+        if out.numel():
+            weight._unpack(weight._native, first, last - first, out.data_ptr(), _threads(out.numel()))
         return out
     begin, end = int(weight.starts[first]), int(weight.starts[last])
     if weight.columns is None:

@@ -66,6 +66,9 @@ class Live:
 
     def _run(self, what: Literal["take", "put"], dense: Tensor, live: Tensor) -> None:
         self._check(dense, live)
+        if self.nnz == 0:
+            dense.zero_() if what == "put" else None
+            return
         run = function(f"rs_{what}_{dense.element_size()}", _SIZE, _POINTER, _POINTER, *[_SIZE] * 3, _POINTER, ctypes.c_int)
         first, last = (dense, live) if what == "take" else (live, dense)
         found = run(pointer(first), pointer(self.bits), *self.shape, self.nnz, pointer(last), library.threads())
