@@ -2,6 +2,7 @@
 
     python -m benchmarks.masks                       GPT-2-small width, 2 layers, 1 and 2 ranks
     python -m benchmarks.masks --ranks 1 2 4 --out benchmarks/results
+    python -m benchmarks.masks --peak                and what a step of all GPT-2 Small takes on one worker; 4 GB
 
 Exact numbers, no clock. Exit status 1 if a mask takes more than 1 bit a weight in the checkpoint, the sparse weights with their moments
 and masks more than 0.30 of the dense ones' bytes, or a rank holds mask rows other than its weight rows.
@@ -12,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.measure import table, write
 from benchmarks.step import Size, assemble
-from raysparse.recipes.training import CheckpointConfig
+from raysparse.recipes.environment import forget_peak_memory, peak_memory_bytes
+from raysparse.recipes.training import CheckpointConfig, memory_of
 from raysparse.train.checkpoint import Checkpointer
+from raysparse.train.loop import forward_backward, update
+from raysparse.train.optimizer import OptimizerConfig
 from raysparse.train.state import Training
 
 
@@ -67,14 +71,30 @@ def measure(folder: Path, size: Size) -> dict[str, Any]:
     }
 
 
+PEAKS = {"dense": (0.0, "dense"), "75 %, moments of all": (0.75, "dense"), "75 %, live moments": (0.75, "live")}
+
+
+def peak(folder: Path, size: Size, sparsity: float, state: Any) -> dict[str, int]:
+    """Bytes of weights, gradients and moments, and the peak of this process's resident memory over three steps of one worker."""
+    t = assemble(folder, size, sparsity, optimizer=OptimizerConfig(state=state))
+    forget_peak_memory()
+    for index in range(3):
+        forward_backward(t, index)
+        update(t, index)
+    return memory_of(t) | {"peak": peak_memory_bytes()}
+
+
+def report_peaks(found: dict[str, dict[str, int]]) -> str:
+    rows = [
+        [name, *(f"{value / 1e6:,.0f}" for value in kept.values()), f"{kept['peak'] / found['dense']['peak']:.3f}"]
+        for name, kept in found.items()
+    ]
+    return table(["MB", "weights", "gradients", "moments", "moments if dense", "peak of the process", "peak / dense"], rows)
+
+
 def on_ranks(num_ranks: int, size: Size) -> dict[str, Any]:
     """`measure` on that many gloo ranks of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (num_ranks, port, folder, size), num_ranks)
-        return torch.load(Path(folder) / "result.pt")
+    return _alone(measure, size, num_ranks=num_ranks)
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
@@ -109,14 +129,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--peak", action="store_true", help="also the peak memory of a step of GPT-2 Small, one sequence of 256 tokens")
     parser.add_argument("--out", type=Path, help="folder for masks_<hardware>_<date>.{json,md}")
     args = parser.parse_args(argv)
     results = [on_ranks(num_ranks, Size(args.layers, args.width, 512, 64)) for num_ranks in args.ranks]
-    print(report(results))
+    tables, peaks = [report(results)], {}
+    if args.peak:
+        size = Size(12, 768, 50257, 256)
+        peaks = {name: _alone(peak, size, sparsity, state) for name, (sparsity, state) in PEAKS.items()}
+        tables.append("## A step of GPT-2 Small on one worker\n\n" + report_peaks(peaks))
+    print("\n".join(tables))
     if args.out:
-        print(write(args.out, "masks", {"results": results}, [report(results)]))
+        print(write(args.out, "masks", {"results": results, "peaks": peaks}, tables))
     fits = [one["bits_per_weight"] <= 1 and one["share_of_sparse"] <= 0.3 and one["sharded_like_the_weights"] for one in results]
     return int(not all(fits))
+
+
+def _alone(function: Callable[..., Any], *arguments: Any, num_ranks: int = 1) -> Any:
+    """Rank 0's result of ``function(folder, *arguments)`` in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (num_ranks, port, folder, function, arguments), num_ranks)
+        return torch.load(Path(folder) / "result.pt")
 
 
 def _save(folder: Path, t: Training) -> Path:
@@ -132,11 +168,11 @@ def _bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
 
 
-def _rank(rank: int, num_ranks: int, port: int, folder: str, size: Size) -> None:
+def _rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
-    result = measure(Path(folder), size)
+    result = function(Path(folder) / "run", *arguments)
     if rank == 0:
         torch.save(result, Path(folder) / "result.pt")
     dist.barrier()

@@ -75,12 +75,14 @@ class Feed:
         return self._batch
 
 
-def assemble(folder: Path, size: Size, sparsity: float, sharding: ShardingConfig | None = None) -> Training:
+def assemble(
+    folder: Path, size: Size, sparsity: float, sharding: ShardingConfig | None = None, optimizer: OptimizerConfig = OPTIMIZER
+) -> Training:
     """raysparse as a recipe assembles it, one sequence of `size.tokens` a step and rank."""
     ranks = dist.get_world_size()
     config = training.TrainingRunConfig(
         model=size.model,
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         run=RunConfig(workers=ranks),
         sharding=sharding or ShardingConfig(),
         training=training.TrainingConfig(sequences=ranks, micro=1),

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw as torch_adamw
 
 from raysparse.kernels import library
+from raysparse.kernels.bits import unpack
 from raysparse.kernels.library import check, function, pointer
 from raysparse.kernels.live import Live
 
@@ -168,7 +169,7 @@ class TorchAdamW(Masked, torch.optim.AdamW):
         masked = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and self._packed(parameter):
+                if parameter.grad is not None and self._is_own(parameter):
                     self._step_live(parameter, group)
                     masked.append((parameter, parameter.grad))
                     parameter.grad = None  # the others are torch's business
@@ -176,6 +177,10 @@ class TorchAdamW(Masked, torch.optim.AdamW):
         for parameter, gradient in masked:
             parameter.grad = gradient
         return loss
+
+    def _is_own(self, parameter: Tensor) -> bool:
+        """Whether `_step_live` steps it, not torch."""
+        return self._packed(parameter)
 
     def _step_live(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         live, state = self._live[parameter], self.state[parameter]
@@ -185,6 +190,32 @@ class TorchAdamW(Masked, torch.optim.AdamW):
         first, second = [state["exp_avg"]], [state["exp_avg_sq"]]
         torch_adamw([weights], [gradients], first, second, [], [state["step"]], beta1=beta1, beta2=beta2, **settings)
         live.put(weights, parameter)
+
+
+class TritonAdamW(TorchAdamW):
+    """torch's AdamW on GPUs, and one Triton pass over each parameter that has a mask, whether or not its moments are of live weights
+    alone (`kernels.gpu`). The ``step`` of those lies on the CPU."""
+
+    def set_masks(self, masks: Mapping[Tensor, Live]) -> None:
+        from raysparse.kernels.gpu import starts_of
+
+        super().set_masks(masks)
+        self._starts = {parameter: starts_of(unpack(live.bits, live.shape[1])) for parameter, live in masks.items()}
+        for parameter in masks:
+            if state := self.state[parameter]:
+                state["step"] = state["step"].cpu()  # read in every step
+
+    def _is_own(self, parameter: Tensor) -> bool:
+        return parameter in self._live
+
+    def _step_live(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        from raysparse.kernels.gpu import advance
+
+        state = self.state[parameter]
+        rates = Rates.at(int(state["step"]) + 1, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        gradient = parameter.grad.contiguous()  # pyrefly: ignore[missing-attribute]
+        advance(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], rates, self._live[parameter], self._starts[parameter])
+        state["step"] += 1
 
 
 def _check(shape: tuple[int, ...], *tensors: Tensor) -> None:

@@ -250,9 +250,9 @@ class Choice:
         slowest: the largest over all ranks, so that all choose alike.
         """
         self._mode, self._slowest = mode, slowest
-        self._seconds: dict[float, dict[bool, list[float]]] = {}
-        self._chosen: dict[float, bool] = {}
-        self._density = 1.0
+        self._seconds: dict[float | None, dict[bool, list[float]]] = {}
+        self._chosen: dict[float | None, bool] = {}
+        self._density: float | None = None
         self._rest = 0
 
     @property
@@ -267,17 +267,18 @@ class Choice:
     def wants_layouts(self) -> bool:
         return self._mode != "off"
 
-    def at(self, density: float) -> None:
+    def at(self, density: float | None) -> None:
         """The masks have changed, or the run begins.
 
         Args:
-            density: share of the whole buffers that packed ones are.
+            density: share of the whole buffers that packed ones are; None: no buffer is worth packing, and there is nothing to choose.
         """
-        self._density, self._rest = round(density, 1), 1  # the first step afterwards is like no other
+        self._density = None if density is None else round(density, 1)
+        self._rest = 1  # the first step afterwards is like no other
 
     def took(self, seconds: float) -> str | None:
         """A step took so long. Returns what was chosen, when it is chosen."""
-        if self._mode != "auto" or self._density in self._chosen:
+        if self._mode != "auto" or self._density is None or self._density in self._chosen:
             return None
         if self._rest:
             self._rest -= 1

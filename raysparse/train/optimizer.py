@@ -1,6 +1,8 @@
 """AdamW, its learning-rate schedule, and the order of one masked step."""
 
+import importlib.util
 import math
+import os
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,10 +34,11 @@ class OptimizerConfig(Config):
     """Decoupled decay of matrices and embeddings; a dead weight is 0 and stays 0."""
     clip_norm: float = Field(1.0, gt=0)
     """Limit of the global gradient norm, counted over live gradients only."""
-    implementation: Literal["auto", "native", "fused", "foreach"] = "auto"
+    implementation: Literal["auto", "native", "fused", "foreach", "triton"] = "auto"
     """native: raysparse's one-pass kernel for CPUs, element by element: bit-equal however the weights are sharded. fused: torch's
     one-pass kernel; on CPUs its last bit depends on where a shard begins. foreach: torch's, element by element, several times slower
-    on CPUs. auto: native where it runs, else foreach with run.parity, else fused."""
+    on CPUs. triton: raysparse's one-pass kernel for GPUs where there are masks, else torch's fused one; it has been tested without a GPU
+    only, so auto does not take it. auto: native where it runs, else foreach with run.parity, else fused."""
     state: Literal["auto", "live", "dense"] = "auto"
     """live: moments of live weights alone, of a 75 % sparse weight a quarter, with the same numbers. dense: of all weights. auto: live in
     runs with masks, unless a phase keeps the moments of dead weights (reset_grown_state: false)."""
@@ -89,18 +92,19 @@ def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool, top
     implementation = _implementation(config, parity, [part.local for part in parts])
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if implementation != "native":
-        common |= {"fused": implementation == "fused", "foreach": implementation == "foreach"}
+        common |= {"fused": implementation in ("fused", "triton"), "foreach": implementation == "foreach"}
     decayed = [part.local for part in parts if len(part.shape) > 1]
     plain = [part.local for part in parts if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    kind = adamw.AdamW if implementation == "native" else AdamW if topology is None else adamw.TorchAdamW
+    ours = {"native": adamw.AdamW, "triton": adamw.TritonAdamW}
+    kind = ours.get(implementation, AdamW if topology is None else adamw.TorchAdamW)
     optimizer = sharded.make_optimizer([group | common for group in groups if group["params"]], kind)
     state = state_of(optimizer)
     for name, part in sharded.parts.items():
         if part.mine:
             shape = part.local.shape if topology is None or name not in topology.masks else (topology.live(name).nnz,)
             state[part.local] = {
-                "step": torch.zeros((), dtype=torch.float32, device=part.local.device if implementation == "fused" else "cpu"),
+                "step": torch.zeros((), dtype=torch.float32, device=part.local.device if common.get("fused") else "cpu"),
                 **{which: part.local.new_zeros(shape, requires_grad=False) for which in adamw.MOMENTS},
             }
     if topology is not None:
@@ -141,6 +145,10 @@ def set_masks(sharded: Sharded, optimizer: Optimizer, topology: Topology) -> boo
 def _implementation(config: OptimizerConfig, parity: bool, parameters: list[Tensor]) -> str:
     if config.implementation in ("fused", "foreach"):
         return config.implementation
+    if config.implementation == "triton":
+        if (reason := _why_no_triton(parameters)) is not None:
+            raise ConfigError(f"Expected GPUs and Triton for optimizer.implementation=triton. Got {reason}. Use implementation=auto.")
+        return "triton"
     shared = why_not()  # first, for all ranks call it
     reason = adamw.why_not(parameters) or shared
     if reason is None:
@@ -150,3 +158,10 @@ def _implementation(config: OptimizerConfig, parity: bool, parameters: list[Tens
             f"Expected an optimizer that runs here. Got optimizer.implementation=native, but {reason}. Use optimizer.implementation=auto."
         )
     return "foreach" if parity else "fused"
+
+
+def _why_no_triton(parameters: list[Tensor]) -> str | None:
+    devices = {parameter.device.type for parameter in parameters}
+    if devices != {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"parameters on {', '.join(sorted(devices))}"
+    return None if importlib.util.find_spec("triton") else "no package triton"

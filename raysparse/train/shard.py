@@ -200,7 +200,7 @@ class FSDP2(Sharded):
             elements = sum(-(-shape[0] // self._num_shards) * math.prod(shape[1:]) for shape in shapes.values())
             exchange.layout = layout if layout is not None and layout.width <= WORTH * layout.length else None
             whole, sent = whole + elements, sent + (exchange.layout.width if exchange.layout else elements)
-        self.choice.at(sent / whole)
+        self.choice.at(sent / whole if sent < whole else None)
 
     def begin(self, dense_gradient: bool) -> None:
         for exchange, _ in self._units:

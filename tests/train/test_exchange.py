@@ -42,6 +42,28 @@ def test_the_same_bits(tmp_path, way, ranks):
         assert other["sent"] < 0.75 * one["sent"]  # of this small model embeddings are half
 
 
+@pytest.mark.slow
+def test_compiled_blocks(tmp_path):
+    found = (spawn(run, 2, str(tmp_path / mode), sections(mode, training={"compile": True}), SPARSE) for mode in ("off", "on"))
+    for one, other in zip(*found, strict=True):
+        assert differences(one, other) == []
+        assert other["sent"] < 0.75 * one["sent"]
+
+
+def resumed(folder, mode):
+    """A run that dies in step 5 and goes on from step 4 with the other way of sending."""
+    more = {"checkpoint": {"every": "2 steps"}}
+    run(folder, sections(mode, **more), SPARSE, 5)
+    return run(folder, sections({"on": "off", "off": "on"}[mode], **more), SPARSE)
+
+
+def test_a_run_goes_on_with_the_other_way(tmp_path):
+    straight = spawn(run, 2, str(tmp_path / "straight"), sections("off"), SPARSE)
+    for mode in ("on", "off"):
+        for one, other in zip(straight, spawn(resumed, 2, str(tmp_path / mode), mode), strict=True):
+            assert differences(one, other) == []
+
+
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_with_replicas(tmp_path, replicas):
     whole, packed = (spawn(run, 4, str(tmp_path / mode), sections(mode, sharding={"replicas": replicas}), SPARSE) for mode in ("off", "on"))
@@ -162,6 +184,15 @@ def test_auto_measures_and_says(packed, verb):
     said, ways = steps(choice, {True: packed, False: 2.0}, 10)
     assert said == [f"sharding: buffers are sent {verb}: a step took {packed:.3g} s packed, 2 s whole (sharding.packed=auto)"]
     assert ways == [False, False, True, False, True, False, True, *[verb == "packed"] * 3]
+
+
+def test_where_nothing_is_packed_nothing_is_measured():
+    choice = Choice("auto", lambda seconds: seconds)
+    assert steps(choice, {True: 1.0, False: 2.0}, 10) == ([], [False] * 10)  # a dense run, whose masks nobody follows
+    choice.at(0.5)
+    assert len(steps(choice, {True: 1.0, False: 2.0}, 10)[0]) == 1
+    choice.at(None)
+    assert steps(choice, {True: 1.0, False: 2.0}, 3) == ([], [False] * 3)
 
 
 def test_every_density_is_measured_once():

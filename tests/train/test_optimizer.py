@@ -58,6 +58,11 @@ def test_other_dtypes_are_torchs(sharded):
         built(sharded, "native")
 
 
+def test_triton_wants_gpus(sharded):
+    with pytest.raises(ConfigError, match=r"Expected GPUs and Triton for optimizer\.implementation=triton\. Got parameters on cpu"):
+        built(sharded, "triton")
+
+
 @needs_native
 def test_it_is_made_with_its_state(sharded):
     config = OptimizerConfig(lr=0.25, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.125)
