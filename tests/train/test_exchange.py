@@ -177,13 +177,13 @@ def steps(choice, seconds, count):
     return [text for text in said if text], ways
 
 
-@pytest.mark.parametrize(("packed", "verb"), [(1.0, "packed"), (3.0, "whole")])
+@pytest.mark.parametrize(("packed", "verb"), [(1.0, "packed"), (1.95, "whole"), (3.0, "whole")])
 def test_auto_measures_and_says(packed, verb):
     choice = Choice("auto", lambda seconds: seconds)
     choice.at(0.25)
-    said, ways = steps(choice, {True: packed, False: 2.0}, 10)
+    said, ways = steps(choice, {True: packed, False: 2.0}, 4 + 2 * Choice.TURNS)
     assert said == [f"sharding: buffers are sent {verb}: a step took {packed:.3g} s packed, 2 s whole (sharding.packed=auto)"]
-    assert ways == [False, False, True, False, True, False, True, *[verb == "packed"] * 3]
+    assert ways == [False, *[False, True] * Choice.TURNS, *[verb == "packed"] * 3]
 
 
 def test_where_nothing_is_packed_nothing_is_measured():
