@@ -18,6 +18,10 @@ class Odd(Config):
     power: int = 2
 
 
+class Packing(Config):
+    packed: Literal["auto", "on", "off"] = "auto"
+
+
 class Inner(Config):
     target: float = Field(0.0, ge=0, lt=1)
     shape: Annotated[Even | Odd, Field(discriminator="type")] = Even()
@@ -80,6 +84,23 @@ def test_malformed_override(text):
     with pytest.raises(ConfigError) as error:
         parse_override(text)
     assert str(error.value) == f"Expected an override of the form dotted.key=value. Got {text!r}. Example: sparsity.target=0.75"
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "On", "OFF"])
+def test_words_are_no_booleans(word, tmp_path):
+    """As YAML 1.2 has it: sharding.packed=on is the word; what wants a truth value takes both."""
+    assert parse_override(f"key={word}") == {"key": word}
+    file = tmp_path / "config.yaml"
+    file.write_text(f"key: {word}\ntruth: true\nno_truth: False\n")
+    assert read_yaml(file) == {"key": word, "truth": True, "no_truth": False}
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_a_mode_named_as_a_truth_value_goes_through_a_file(mode, tmp_path):
+    config = Packing.check(parse_override(f"packed={mode}"))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert Packing.check(read_yaml(tmp_path / "config.yaml")) == config
+    assert config.packed == mode
 
 
 def test_override_whose_value_is_no_yaml():

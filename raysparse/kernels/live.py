@@ -67,7 +67,8 @@ class Live:
     def _run(self, what: Literal["take", "put"], dense: Tensor, live: Tensor) -> None:
         self._check(dense, live)
         if self.nnz == 0:
-            dense.zero_() if what == "put" else None
+            if what == "put":
+                dense.zero_()
             return
         run = function(f"rs_{what}_{dense.element_size()}", _SIZE, _POINTER, _POINTER, *[_SIZE] * 3, _POINTER, ctypes.c_int)
         first, last = (dense, live) if what == "take" else (live, dense)

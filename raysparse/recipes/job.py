@@ -49,7 +49,7 @@ class Job:
 def runs_in(folder: Path) -> str:
     """A sentence that names the runs right below a folder; empty where there is none."""
     names = sorted(file.parent.name for file in folder.glob("*/identity.json"))
-    return f"It is a folder of runs: name one of {', '.join(str(folder / name) for name in names)}. " if names else ""
+    return f"It is a folder of runs: name one of {', '.join(str(folder / name) for name in names)}." if names else ""
 
 
 def check_folder(verb: str, config: Config, run: RunConfig) -> None:

@@ -177,7 +177,8 @@ class Exchange:
             layout.pack(mine, self._rank, packed)
             everyone = mine.new_empty(size, layout.width)
             self._wire.add(everyone.nbytes, size, dense=whole.nbytes)
-            send(everyone.view(-1), packed)
+            if (work := send(everyone.view(-1), packed)) is not None:
+                work.wait()  # asked for asynchronously, but there is work to do on what arrives
             for rank, flat in enumerate(whole.view(size, layout.length)):
                 layout.unpack(everyone[rank], rank, flat)
             return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from raysparse.kernels.adamw import MOMENTS
 from raysparse.train.keeper import Change
 from raysparse.train.optimizer import dense_moments
 from raysparse.train.state import State, Training
@@ -94,7 +95,7 @@ def check_leaks(t: Training) -> None:
         return
     tensors = {"weight": t.sharded.local}
     if not t.keeper.keeps_moments:
-        tensors |= {which: dense_moments(t.sharded, t.optimizer, which, t.keeper.topology) for which in ("exp_avg", "exp_avg_sq")}
+        tensors |= {which: dense_moments(t.sharded, t.optimizer, which, t.keeper.topology) for which in MOMENTS}
     for what, found in tensors.items():
         present = {name: found[name] for name in t.keeper.topology.masks if name in found}
         leaks = t.keeper.topology.leaks(present)

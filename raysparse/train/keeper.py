@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from raysparse.kernels.adamw import MOMENTS
 from raysparse.sparsity.agenda import Agenda, TopologyUpdate
 from raysparse.sparsity.evolve import Proposal, propose
 from raysparse.sparsity.manager import Verdict
@@ -171,7 +172,7 @@ class Keeper:
         self.topology.kill(values)
         self._told = set_masks(self._sharded, self._optimizer, self.topology)
         if resets_state:
-            for which in ("exp_avg", "exp_avg_sq"):
+            for which in MOMENTS:
                 found = dense_moments(self._sharded, self._optimizer, which, self.topology)
                 self.topology.kill(found)
                 for name in before.keys() & found.keys() if self.keeps_moments else ():  # of a phase that kept them
