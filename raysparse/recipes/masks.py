@@ -243,7 +243,7 @@ def _from_checkpoint(folder: Path) -> dict[str, Tensor]:
 def _known_shapes(place: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in model order, as the checkpoint, or the export around a masks file, tells them."""
     if place.is_dir():
-        return {name: tuple(shape) for name, shape in checkpoint.extra_of(place)["shapes"].items()}
+        return checkpoint.sparse_shapes(place)
     facts = place.with_name("sparsity.json")
     return {name: tuple(found["shape"]) for name, found in json.loads(facts.read_text())["tensors"].items()} if facts.exists() else {}
 

@@ -166,7 +166,7 @@ class Checkpointer:
             shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])
             raise ConfigError(
                 f"Expected {path} to be a checkpoint of this model. Got {len(wrong)} tensors that differ: {shown}. "
-                "Choose another run.name, or go back to the model and sparsity that the checkpoint was made with."
+                "Choose another run.name, or go back to the model, the sparsity and the raysparse that the checkpoint was made with."
             )
         return stored
 
@@ -184,7 +184,7 @@ class Checkpointer:
         if self._topology is None:
             return found
         for (kind, name), value in self._values():
-            if self._is_packed(kind, name) and value.numel():
+            if self._is_packed(kind, name) and self._topology.rows[name].count:
                 live = value if value.ndim == 1 else self._topology.live(name).take(value)
                 found[f"{kind}/{name}/{self._sharded.parts[name].first}"] = live
         for name, mask in self._topology.masks.items():
@@ -280,16 +280,24 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("mask/"): bits for key, bits in state.items()}
 
 
+def sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that have masks. Before live elements were stored alone, those of the whole weights told them."""
+    told = extra_of(path).get("shapes")
+    stored = stored_shapes(path)
+    names = [key.removeprefix("mask/") for key in stored if key.startswith("mask/")]
+    return {name: tuple(told[name]) if told else stored[f"model/{name}"] for name in names}
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> whole weight with its zeros, float32, whatever number of ranks wrote it."""
     state = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith("model/")}
     load_alone(path, state)
     weights = {key.removeprefix("model/"): value for key, value in state.items() if key.count("/") == 1}
-    masks, shapes = read_masks(path), extra_of(path)["shapes"]
-    for name, bits in masks.items():
+    masks, shapes = read_masks(path), sparse_shapes(path)
+    for name in [name for name in masks if name not in weights]:
         parts = {int(key.rpartition("/")[2]): value for key, value in state.items() if key.startswith(f"model/{name}/")}
-        live = torch.cat([parts[first] for first in sorted(parts)]) if parts else torch.empty(0)
-        weights[name] = Live(unpack(bits, shapes[name][1])).put(live)
+        live = torch.cat([parts[first] for first in sorted(parts)])
+        weights[name] = Live(unpack(masks[name], shapes[name][1])).put(live)
     return weights
 
 

@@ -185,7 +185,7 @@ class Exchange:
 
     def gradients(self, mine: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
         """Sum `whole` [ranks * length] over the ranks, of which each gets its own part into `mine` [length]."""
-        size, layout = group.size(), self._gradient_layout
+        size, layout = group.size(), self._gradient_layout(mine)
         with self._wire.timed(mine.device):
             if layout is None:
                 self._wire.add(whole.nbytes, size)
@@ -202,7 +202,7 @@ class Exchange:
     def over_replicas(self, mine: Tensor) -> None:
         """Sum `mine` [length] over the replicas of the model, in place."""
         assert self._replicas is not None
-        size, layout = self._replicas.size(), self._gradient_layout
+        size, layout = self._replicas.size(), self._gradient_layout(mine)
         with self._wire.timed(mine.device):
             if layout is None:
                 self._wire.add(mine.nbytes, size, passes=2)
@@ -214,9 +214,10 @@ class Exchange:
             all_reduce(packed, self._replicas)
             layout.live[self._rank].put(packed, mine)
 
-    @property
-    def _gradient_layout(self) -> Layout | None:
-        return self.layout if self.packed and not self.whole_gradients else None
+    def _gradient_layout(self, mine: Tensor) -> Layout | None:
+        """Of a rank's part; None for one of another length too: FSDP2 leaves parameters out that have no gradient."""
+        layout = self.layout if self.packed and not self.whole_gradients else None
+        return layout if layout is not None and layout.length == mine.numel() else None
 
 
 class _Gather(DefaultAllGather):
@@ -266,8 +267,9 @@ class Choice:
         return self._chosen.get(self._density, len(taken.get(True, [])) < len(taken.get(False, [])))
 
     @property
-    def wants_layouts(self) -> bool:
-        return self._mode != "off"
+    def is_whole(self) -> bool:
+        """Whether nothing is packed at this density, from now on."""
+        return self._mode == "off" or (self._mode == "auto" and self._chosen.get(self._density) is False)
 
     def at(self, density: float | None) -> None:
         """The masks have changed, or the run begins.
@@ -275,8 +277,9 @@ class Choice:
         Args:
             density: share of the whole buffers that packed ones are; None: no buffer is worth packing, and there is nothing to choose.
         """
-        self._density = None if density is None else round(density, 1)
-        self._rest = 1  # the first step afterwards is like no other
+        density = None if density is None else round(density, 1)
+        if density != self._density:
+            self._density, self._rest = density, 1  # its first step is like no other
 
     def took(self, seconds: float) -> str | None:
         """A step took so long. Returns what was chosen, when it is chosen."""

@@ -106,8 +106,12 @@ class Sharded(ABC):
     def local(self) -> dict[str, Tensor]:
         return {name: part.local for name, part in self.parts.items()}
 
-    def follow(self, topology: Topology) -> None:  # noqa: B027
-        """The masks are new, or others: what is sent follows them. Every rank calls this."""
+    def follow(self, topology: Topology, nnz: Mapping[str, int]) -> None:  # noqa: B027
+        """The masks are new, or others: what is sent follows them. Every rank calls this.
+
+        Args:
+            nnz: live weights of each layer over all ranks.
+        """
 
     def begin(self, dense_gradient: bool) -> None:  # noqa: B027
         """Before the forward passes of a step.
@@ -177,8 +181,8 @@ class FSDP2(Sharded):
         self._num_shards = shards.size()
         self._units: list[tuple[Exchange, list[str]]] = []
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for unit in reversed([unit for unit in module.modules() if isinstance(unit, FSDPModule)]):  # inner ones first
-            own = [names.pop(id(parameter)) for parameter in unit.parameters() if id(parameter) in names]
+        for unit in [unit for unit in module.modules() if isinstance(unit, FSDPModule)]:
+            own = [names.pop(id(parameter)) for parameter in _in_buffer(unit)]
             exchange = Exchange(self.wire, shards.get_local_rank(), replicas)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -187,27 +191,36 @@ class FSDP2(Sharded):
             if replicas is not None:
                 unit.set_all_reduce_hook(exchange.over_replicas)
             self._units.append((exchange, own))
+        assert not names, f"no unit holds {list(names.values())}"
 
-    def follow(self, topology: Topology) -> None:
-        if not self.choice.wants_layouts:
-            return
-        whole = sent = 0
-        for exchange, names in self._units:
-            shapes = {name: self.parts[name].shape for name in names}
-            bits = {name: self.whole(name, topology.live(name).bits) for name in names if name in topology.masks}
-            masks = {name: unpack(found, shapes[name][1]).to(self.parts[name].local.device) for name, found in bits.items()}
-            layout = Layout(shapes, masks, self._num_shards) if masks else None
-            elements = sum(-(-shape[0] // self._num_shards) * math.prod(shape[1:]) for shape in shapes.values())
-            exchange.layout = layout if layout is not None and layout.width <= WORTH * layout.length else None
-            whole, sent = whole + elements, sent + (exchange.layout.width if exchange.layout else elements)
-        self.choice.at(sent / whole if sent < whole else None)
+    def follow(self, topology: Topology, nnz: Mapping[str, int]) -> None:
+        sizes = {name: math.prod(part.shape) for name, part in self.parts.items()}
+        whole = [sum(sizes[name] for name in names) for _, names in self._units]
+        live = [sum(nnz.get(name, sizes[name]) for name in names) for _, names in self._units]
+        worth = [a < b and a <= WORTH * b for a, b in zip(live, whole, strict=True)]
+        sent = sum(a if packs else b for a, b, packs in zip(live, whole, worth, strict=True))
+        self.choice.at(sent / sum(whole) if any(worth) else None)
+        for (exchange, names), packs in zip(self._units, worth, strict=True):
+            exchange.layout = self._layout(names, topology) if packs and not self.choice.is_whole else None
+
+    def _layout(self, names: Sequence[str], topology: Topology) -> Layout:
+        shapes, masks = {name: self.parts[name].shape for name in names}, {}
+        for name in [name for name in names if name in topology.masks]:
+            bits = self.whole(name, topology.live(name).bits)
+            self.wire.add(bits.nbytes, self._num_shards, dense=0)
+            masks[name] = unpack(bits, shapes[name][1]).to(self.parts[name].local.device)
+        return Layout(shapes, masks, self._num_shards)
 
     def begin(self, dense_gradient: bool) -> None:
         for exchange, _ in self._units:
             exchange.packed, exchange.whole_gradients = self.choice.packed, dense_gradient
 
     def took(self, seconds: float) -> str | None:
-        return self.choice.took(seconds)
+        said = self.choice.took(seconds)
+        if said and self.choice.is_whole:
+            for exchange, _ in self._units:
+                exchange.layout = None
+        return said
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.module, FSDPModule)
@@ -343,6 +356,13 @@ def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingCo
 def _part(parameter: DTensor) -> Part:
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return Part(tuple(parameter.shape), offset[0], nn.Parameter(parameter.to_local().detach()))
+
+
+def _in_buffer(unit: FSDPModule) -> list[nn.Parameter]:
+    """The parameters of a unit in the order of its flat buffers, which is neither that of ``parameters()`` nor told in public."""
+    state = unit._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [parameter.sharded_param for group in groups if group is not None for parameter in group.fsdp_params]
 
 
 def _slowest(seconds: float) -> float:

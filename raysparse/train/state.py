@@ -131,7 +131,7 @@ class Training:
         if self.topology is not None:
             if self.kernels is not None:
                 self.kernels.refresh(self.topology, self.nnz, self.sharded)
-            self.sharded.follow(self.topology)
+            self.sharded.follow(self.topology, self.nnz)
 
     def looks_at_dead(self, step: int) -> bool:
         """Whether the step has an update that reads the gradients of dead weights."""

@@ -257,7 +257,9 @@ def test_checkpoint_of_another_model_is_refused_before_training(finished, tmp_pa
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     for message in spawn(refused, 2, str(tmp_path), LOOSE | sections, sparsity):
         assert message.startswith(f"Expected {tmp_path / 'checkpoints' / 'step_00000024'} to be a checkpoint of this model. Got ")
-        assert message.endswith("Choose another run.name, or go back to the model and sparsity that the checkpoint was made with.")
+        assert message.endswith(
+            "Choose another run.name, or go back to the model, the sparsity and the raysparse that the checkpoint was made with."
+        )
         assert [text for text in texts if text not in message] == []
 
 
@@ -301,6 +303,30 @@ def test_moments_of_live_weights_and_of_all_are_one_format(tmp_path, first, seco
     for name, value in straight[0].items():
         if name.startswith(("model/", "exp_avg")):
             torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-4)
+
+
+DEAD = SPARSE | {"layers": {"transformer.h.0.mlp.c_fc.weight": 1.0}}
+
+
+def test_a_layer_without_live_weights_goes_on(tmp_path):
+    straight = spawn(run, 2, str(tmp_path / "straight"), LOOSE | every(12), DEAD)
+    spawn(run, 2, str(tmp_path / "resumed"), LOOSE | every(12), DEAD, 17)
+    for a, b in zip(straight, spawn(run, 2, str(tmp_path / "resumed"), LOOSE | every(12), DEAD), strict=True):
+        assert a["nnz"]["transformer.h.0.mlp.c_fc.weight"] == 0
+        assert differences(a, b) == []
+    weights = checkpoint.read_weights(tmp_path / "resumed" / "checkpoints" / "step_00000024")
+    assert not weights["transformer.h.0.mlp.c_fc.weight"].any()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoints_of_whole_weights_are_still_read(finished, tmp_path):
+    """As they were before live elements were stored alone."""
+    path, (_, end) = finished[0] / "checkpoints" / "step_00000024", finished
+    old = {key: value for key, value in end.items() if key.startswith(("model/", "mask/"))}
+    dcp.save(old | {"extra": json.dumps({"step": 24})}, checkpoint_id=tmp_path, no_dist=True)
+    assert checkpoint.sparse_shapes(tmp_path) == checkpoint.sparse_shapes(path)
+    read = checkpoint.read_weights(tmp_path)
+    assert all(torch.equal(value, read[key.removeprefix("model/")]) for key, value in old.items() if key.startswith("model/"))
 
 
 # --- in the background ------------------------------------------------------------------------------------------------

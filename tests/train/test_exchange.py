@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from raysparse.kernels.bits import unpack
+from raysparse.sparsity.topology import Topology
 from raysparse.train.exchange import WORTH, Choice, Layout
 from raysparse.train.loop import forward_backward, update
+from raysparse.train.shard import FSDP2, ShardingConfig
 from tests.ranks import spawn
 from tests.train.steps import SPARSE, assemble, differences, run
 from tests.train.test_evolving import METHODS
@@ -129,6 +132,53 @@ def test_bytes_are_counted_beside_those_of_whole_buffers(tmp_path):
         assert seconds > 0
 
 
+class Gated(nn.Module):
+    """A parameter of its own beside a child's, which FSDP2 puts into its buffer in another order than ``parameters()``; one has no use."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(9, 6))
+        self.inner = nn.Linear(6, 9)
+        self.idle = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.inner(x) * (x @ self.gate.t()).sigmoid()
+
+
+def gated(whole_gradients):
+    """Output and gradients of whole buffers and of packed ones, in a module whose weights are all sparse."""
+    torch.manual_seed(0)
+    found = []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        block = Gated()
+        sharded = FSDP2(nn.Sequential(block), {"0": block}, ShardingConfig(packed="on"), "cpu", torch.float32)
+        shapes = {name: tuple(p.shape) for name, p in sharded.parts.items() if len(p.shape) == 2}
+        masks = {name: torch.rand(shape) < 0.3 for name, shape in shapes.items()}
+        rows = {name: sharded.parts[name].rows for name in shapes}
+        local = {name: mask[rows[name].first : rows[name].first + rows[name].count] for name, mask in masks.items()}
+        topology = Topology(shapes, rows, local)
+        topology.kill(sharded.local)
+        sharded.follow(topology, {name: int(mask.sum()) for name, mask in masks.items()})
+        assert any(exchange.layout is not None for exchange, _ in sharded._units)
+        sharded.choice = Choice(mode, float)
+        sharded.begin(whole_gradients)
+        y = sharded.module(torch.randn(4, 6))
+        y.square().sum().backward()
+        gradients = sharded.collect()
+        topology.kill(gradients)
+        found.append([y.detach(), *(gradient.clone() for gradient in gradients.values())])
+    return [bool(torch.equal(a, b)) for a, b in zip(*found, strict=True)], [float(x.abs().sum()) for x in found[1]]
+
+
+@pytest.mark.parametrize("whole_gradients", [False, True])
+def test_any_order_of_parameters_and_idle_ones(whole_gradients):
+    for equal, sizes in spawn(gated, 2, whole_gradients):
+        assert all(equal)
+        assert sizes[0] > 0
+        assert sum(size > 0 for size in sizes[1:]) == 3  # gate, inner.weight, inner.bias
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +247,12 @@ def test_where_nothing_is_packed_nothing_is_measured():
 
 def test_every_density_is_measured_once():
     choice = Choice("auto", lambda seconds: seconds)
+    choice.at(0.25)
+    choice.at(0.24)  # an update to as many: no step is left out for it
+    assert choice._rest == 1
+    choice._rest = 0
+    choice.at(0.24)
+    assert choice._rest == 0
     for density, expected in ((0.25, 1), (0.5, 1), (0.22, 0)):
         choice.at(density)
         assert len(steps(choice, {True: 1.0, False: 2.0}, 10)[0]) == expected
