@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw as torch_adamw
 
 from raysparse.kernels import library
-from raysparse.kernels.bits import unpack
 from raysparse.kernels.library import check, function, pointer
 from raysparse.kernels.live import Live
 
@@ -197,10 +196,7 @@ class TritonAdamW(TorchAdamW):
     alone (`kernels.gpu`). The ``step`` of those lies on the CPU."""
 
     def set_masks(self, masks: Mapping[Tensor, Live]) -> None:
-        from raysparse.kernels.gpu import starts_of
-
         super().set_masks(masks)
-        self._starts = {parameter: starts_of(unpack(live.bits, live.shape[1])) for parameter, live in masks.items()}
         for parameter in masks:
             if state := self.state[parameter]:
                 state["step"] = state["step"].cpu()  # read in every step
@@ -214,7 +210,7 @@ class TritonAdamW(TorchAdamW):
         state = self.state[parameter]
         rates = Rates.at(int(state["step"]) + 1, group["lr"], group["betas"], group["eps"], group["weight_decay"])
         gradient = parameter.grad.contiguous()  # pyrefly: ignore[missing-attribute]
-        advance(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], rates, self._live[parameter], self._starts[parameter])
+        advance(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], rates, self._live[parameter])
         state["step"] += 1
 
 

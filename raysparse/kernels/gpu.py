@@ -13,33 +13,22 @@ from torch import Tensor
 
 from raysparse.kernels.adamw import Rates
 from raysparse.kernels.library import check
-from raysparse.kernels.live import Live
-
-BLOCK = 1024
+from raysparse.kernels.live import BLOCK, Live
 
 
-def starts_of(mask: Tensor) -> Tensor:
-    """How many live before each block of a [rows, cols] mask, int64; those of matrices of 2^31 live elements too."""
-    flat = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % BLOCK))
-    counts = flat.view(-1, BLOCK).sum(1)
-    return counts.cumsum(0) - counts
-
-
-def take(dense: Tensor, live: Live, starts: Tensor, out: Tensor) -> None:
-    """The live elements of `dense` (as many as [rows, cols] has) into `out` [nnz]; see `Live.take`."""
-    _check(live, dense, out)
+def take(dense: Tensor, live: Live, out: Tensor) -> None:
+    """`Live.take`, which has checked its arguments."""
     if live.nnz:
-        _launch(_take, dense, (dense, live.bits, starts, out), live)
+        _launch(_take, dense, (dense, live.bits, live.starts, out), live)
 
 
-def put(values: Tensor, live: Live, starts: Tensor, out: Tensor) -> None:
-    """The inverse, with zeros between; see `Live.put`."""
-    _check(live, out, values)
+def put(values: Tensor, live: Live, out: Tensor) -> None:
+    """`Live.put`, which has checked its arguments."""
     if out.numel():
-        _launch(_put, out, (values, live.bits, starts, out), live)
+        _launch(_put, out, (values, live.bits, live.starts, out), live)
 
 
-def advance(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates, live: Live, starts: Tensor) -> None:
+def advance(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates, live: Live) -> None:
     """A step of AdamW in place; dead gradients count as 0, whatever they are, and dead weights become 0 (`native/adamw.cpp`).
 
     Args:
@@ -54,19 +43,13 @@ def advance(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     check(exp_avg.shape == exp_avg_sq.shape == shape, tuple(exp_avg.shape), tuple(exp_avg_sq.shape), "for", shape)
     if weight.numel():
         numbers = [getattr(rates, field[0]) for field in Rates._fields_]
-        _launch(_adamw, weight, (weight, gradient, exp_avg, exp_avg_sq, live.bits, starts, *numbers), live, PACKED=packed)
+        _launch(_adamw, weight, (weight, gradient, exp_avg, exp_avg_sq, live.bits, live.starts, *numbers), live, PACKED=packed)
 
 
 def _launch(kernel: Any, dense: Tensor, arguments: tuple[Any, ...], live: Live, **constants: bool) -> None:
     """A program for every `BLOCK` elements of `dense`."""
     sizes = dense.numel(), live.shape[1], live.bits.shape[1]
     kernel[(triton.cdiv(dense.numel(), BLOCK),)](*arguments, *sizes, **constants, BLOCK=BLOCK)
-
-
-def _check(live: Live, dense: Tensor, packed: Tensor) -> None:
-    check(dense.dtype == packed.dtype and dense.is_contiguous() and packed.is_contiguous(), dense.dtype, packed.dtype)
-    check(dense.numel() == live.shape[0] * live.shape[1], tuple(dense.shape), "for", live.shape)
-    check(packed.shape == (live.nnz,), tuple(packed.shape), "for", live.nnz)
 
 
 @triton.jit

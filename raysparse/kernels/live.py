@@ -1,14 +1,20 @@
 """Live elements of a matrix taken out of it, and put back: what is sent, what is stored, what an optimizer keeps moments of."""
 
 import ctypes
-from typing import Literal
+import importlib.util
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raysparse.kernels import library
-from raysparse.kernels.bits import pack
+from raysparse.kernels.bits import pack, unpack
 from raysparse.kernels.library import check, function, pointer
+
+BLOCK = 1024
+"""Elements of a matrix that a program on a GPU takes."""
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -16,8 +22,8 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 class Live:
     """Which elements of a [rows, cols] tensor live, prepared once to take them out and put them back many times.
 
-    On CPUs the native library reads the bits (`native/live.cpp`). Elsewhere torch gathers and scatters by an index of 8 bytes for each
-    live element.
+    The native library on CPUs (`native/live.cpp`) and Triton on GPUs (`gpu`) read the bits. Without them torch gathers and scatters by an
+    index of 8 bytes for each live element.
 
     Attributes:
         shape: (rows, cols).
@@ -32,7 +38,25 @@ class Live:
         check(mask.dtype == torch.bool and mask.ndim == 2, mask.dtype, tuple(mask.shape))
         rows, cols = mask.shape
         self.shape, self.bits, self.nnz = (rows, cols), pack(mask), int(mask.sum())
-        self._index = None if mask.is_cpu and library.available() else mask.flatten().nonzero().flatten()
+        self._way = "torch"
+        if mask.is_cpu and library.available():
+            self._way = "native"
+        elif mask.is_cuda and importlib.util.find_spec("triton") is not None:
+            self._way = "triton"
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """How many live before each `BLOCK` elements, int64."""
+        counts = F.pad(self._mask.flatten(), (0, -self._mask.numel() % BLOCK)).view(-1, BLOCK).sum(1)
+        return counts.cumsum(0) - counts
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return self._mask.flatten().nonzero().flatten()
+
+    @property
+    def _mask(self) -> Tensor:
+        return unpack(self.bits, self.shape[1])
 
     def take(self, dense: Tensor, live: Tensor | None = None) -> Tensor:
         """The live elements, row by row.
@@ -42,10 +66,12 @@ class Live:
             live: [nnz], to be filled; None: a new one.
         """
         live = dense.new_empty(self.nnz) if live is None else live
-        if self._index is None:
+        self._check(dense, live)
+        if self._way == "native":
             self._run("take", dense, live)
+        elif self._way == "triton":
+            _gpu().take(dense, self, live)
         else:
-            self._check(dense, live)
             torch.index_select(dense.view(-1), 0, self._index, out=live)
         return live
 
@@ -57,15 +83,16 @@ class Live:
             dense: [rows, cols], or of any other shape of as many elements, to be filled; contiguous. None: a new one.
         """
         dense = live.new_empty(self.shape) if dense is None else dense
-        if self._index is None:
+        self._check(dense, live)
+        if self._way == "native":
             self._run("put", dense, live)
+        elif self._way == "triton":
+            _gpu().put(live, self, dense)
         else:
-            self._check(dense, live)
             dense.view(-1).zero_().index_copy_(0, self._index, live)
         return dense
 
     def _run(self, what: Literal["take", "put"], dense: Tensor, live: Tensor) -> None:
-        self._check(dense, live)
         if self.nnz == 0:
             if what == "put":
                 dense.zero_()
@@ -80,3 +107,9 @@ class Live:
         check(dense.is_contiguous() and live.is_contiguous(), dense.stride(), live.stride())
         check(dense.numel() == self.shape[0] * self.shape[1], tuple(dense.shape), "for", self.shape)
         check(live.shape == (self.nnz,), tuple(live.shape), "for", self.nnz)
+
+
+def _gpu() -> Any:
+    from raysparse.kernels import gpu  # Triton is imported where there are GPUs alone
+
+    return gpu

@@ -48,7 +48,7 @@ def test_without_the_library_torch_does_it(monkeypatch):
     monkeypatch.setenv(library.CHOICE, "off")
     forget()
     try:
-        assert Live(torch.ones(2, 3, dtype=torch.bool))._index is not None
+        assert Live(torch.ones(2, 3, dtype=torch.bool))._way == "torch"
         for dtype in DTYPES:
             check(torch.randn(5, 37).to(dtype), torch.rand(5, 37) < 0.3)
     finally:
