@@ -194,9 +194,6 @@ class Checkpointer:
     def _load_live(self, path: Path, kind: str, stored: Mapping[str, tuple[int, ...]], counts: Mapping[str, Tensor]) -> None:
         """Fill the live elements of this rank's rows from the parts that hold some of them."""
         assert self._topology is not None
-        found: dict[str, Tensor] = {}
-        moves: list[tuple[str, slice, Tensor]] = []
-        filled: list[tuple[str, Tensor, Tensor]] = []
         for (which, name), value in self._values():
             if which != kind or not self._is_packed(kind, name):
                 continue
@@ -204,21 +201,19 @@ class Checkpointer:
             starts = [0, *counts[f"rows/{name}"].flatten().cumsum(0).tolist()]  # of each row among all live weights
             begin, end = starts[rows.first] if rows.count else 0, starts[rows.first + rows.count] if rows.count else 0
             target = value if value.ndim == 1 else value.new_empty(live.nnz)
-            for key, (size, *_) in stored.items():
-                if not key.startswith(f"{kind}/{name}/"):
-                    continue
-                offset = starts[int(key.rpartition("/")[2])]
+            parts: dict[str, Tensor] = {}
+            moves: list[tuple[str, slice, slice]] = []
+            for key in [key for key in stored if key.startswith(f"{kind}/{name}/")]:
+                (size,), offset = stored[key], starts[int(key.rpartition("/")[2])]
                 first, last = max(begin, offset), min(end, offset + size)
                 if first < last:
-                    found[key] = torch.empty(size)
-                    moves.append((key, slice(first - offset, last - offset), target[first - begin : last - begin]))
-            filled.append((name, target, value))
-        load_alone(path, found)
-        for key, here, target in moves:
-            target.copy_(found[key][here])
-        for name, target, value in filled:
+                    parts[key] = torch.empty(size)
+                    moves.append((key, slice(first - offset, last - offset), slice(first - begin, last - begin)))
+            load_alone(path, parts)  # weight by weight, for parts are read whole
+            for key, there, here in moves:
+                target[here] = parts[key][there]
             if target is not value:
-                self._topology.live(name).put(target, value)
+                live.put(target, value)
 
     def _values(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """((kind, name), this rank's rows or their live elements) of the weights, and of the moments that this rank has."""
