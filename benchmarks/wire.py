@@ -1,13 +1,15 @@
 """What packed collectives save: steps of FSDP2 on ranks that are joined by slow links.
 
-    python -m benchmarks.wire --out benchmarks/results                 2 and 4 ranks, 1 to 10 Gbit/s; 15 minutes, as root on Linux
-    python -m benchmarks.wire --ranks 2 --rates 1 --sparsities 0.75
+    python -m benchmarks.wire --rounds 3 --whole-model --out benchmarks/results     2 and 4 ranks, 1 to 10 Gbit/s; 15 minutes, as root
+    python -m benchmarks.wire --ranks 2 --rates 1 0 --sparsities 0.75
 
 Each rank is a process in a network namespace of its own, which a virtual Ethernet cable joins to a bridge; ``tc`` shapes both ends of
 every cable to the rate. The model is a stack of GPT-2 blocks, at least 90 % of its weights sparse. Whole and packed buffers take turns
 in one process, step by step; times are wall-clock, of the rank that takes longest. Bytes are what left the rank's network interface,
-headers and acknowledgements included; predicted seconds are these bytes at the rate that was measured with all ranks sending. Dense
-kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
+headers and acknowledgements included. Dense kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
+
+Predicted is payload / rate + host: the payload as `Wire` counts it, the rate of the link as measured with all ranks sending, and what the
+machine takes besides (packing, adding, copies), which is the unshaped row's time less its own payload / rate.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ from raysparse.train.shard import FSDP2, ShardingConfig
 STACK = Size(layers=6, width=1024, vocabulary=256, tokens=32)
 WHOLE_MODEL = Size(layers=12, width=768, vocabulary=50257, tokens=32)
 NETWORK, PORT = "10.201.77", 29777
+PATIENCE = timedelta(minutes=5)
+"""For a collective."""
 GOALS = {"communication": 3.0, "step": 2.0}
 """Whole over packed at 75 % and 1 Gbit/s."""
 LEAST = 0.98
@@ -54,32 +59,37 @@ class Link:
 @contextmanager
 def network(link: Link) -> Iterator[list[str]]:
     """Namespaces that a bridge joins, with the shaped cables; yields their names."""
-    names, bridge = [f"rsw{rank}" for rank in range(link.ranks)], "rsw"
+    own = f"rsw{os.getpid()}"  # names of at most 15 letters; several benchmarks may run
+    made: list[tuple[str, ...]] = []
+
+    def make(kind: str, *words: str) -> None:
+        _run("ip", kind, "add", *words)
+        made.append(("ip", kind, "del", words[0]))
+
     try:
-        _ip("link", "add", bridge, "type", "bridge")
-        _ip("link", "set", bridge, "up")
-        for rank, name in enumerate(names):
-            _ip("netns", "add", name)
-            _ip("link", "add", f"rswo{rank}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            _ip("link", "set", f"rswo{rank}", "master", bridge, "up")
-            _ip("-n", name, "addr", "add", f"{NETWORK}.{rank + 1}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
-            _ip("-n", name, "link", "set", "lo", "up")
+        make("link", own, "type", "bridge")
+        _run("ip", "link", "set", own, "up")
+        for rank in range(link.ranks):
+            name, cable = f"{own}-{rank}", f"{own}o{rank}"
+            make("netns", name)
+            make("link", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _run("ip", "link", "set", cable, "master", own, "up")
+            _run("ip", "-n", name, "addr", "add", f"{NETWORK}.{rank + 1}/24", "dev", "eth0")
+            _run("ip", "-n", name, "link", "set", "eth0", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
             if link.gbit:
                 shape = ["tbf", "rate", f"{link.gbit}gbit", "burst", f"{max(256, round(200 * link.gbit))}kb", "latency", "20ms"]
                 _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *shape)
-                _run("tc", "qdisc", "add", "dev", f"rswo{rank}", "root", *shape)
-        yield names
+                _run("tc", "qdisc", "add", "dev", cable, "root", *shape)
+        yield [f"{own}-{rank}" for rank in range(link.ranks)]
     finally:
-        for rank, name in enumerate(names):
-            subprocess.run(["ip", "link", "del", f"rswo{rank}"], capture_output=True, check=False)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+        for command in reversed(made):
+            subprocess.run(command, capture_output=True, check=False)
 
 
 def launch(link: Link, words: Sequence[str]) -> Any:
     """Run the worker of this module on every rank of the network; returns what rank 0 prints."""
-    with network(link) as names:
+    with network(link) as names, tempfile.TemporaryFile("w+") as said, ExitStack() as stack:
         processes = []
         for rank, name in enumerate(names):
             facts = {
@@ -91,22 +101,26 @@ def launch(link: Link, words: Sequence[str]) -> Any:
             }
             command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.wire", "--worker", *words]
             environment = os.environ | {key: str(value) for key, value in facts.items()} | {"OMP_NUM_THREADS": "1"}
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        outputs = [process.communicate(timeout=3000)[0] for process in processes]
-        assert all(process.returncode == 0 for process in processes), [process.returncode for process in processes]
-        return json.loads(outputs[0].splitlines()[-1])
+            processes.append(subprocess.Popen(command, env=environment, stdout=said if rank == 0 else subprocess.DEVNULL))
+            stack.callback(processes[-1].kill)
+        while (codes := [process.poll() for process in processes]) != [0] * link.ranks:
+            if any(codes):
+                raise SystemExit(f"Expected all ranks to run to their end. Got exit codes {codes}; what the ranks said is above.")
+            time.sleep(0.2)
+        said.seek(0)
+        return json.loads(said.read().splitlines()[-1])
 
 
 def worker(sparsities: Sequence[float], rounds: int, size: Size) -> None:
     """On one rank: `rounds` steps with whole and with packed buffers, in turns; rank 0 prints what each took and sent."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     found: dict[str, Any] = {"rate": _rate()}
     for sparsity in sparsities:
         with tempfile.TemporaryDirectory() as folder:
             t = assemble(Path(folder) / "run", size, sparsity, ShardingConfig(packed="on"))
             assert isinstance(t.sharded, FSDP2)
-            ways = {"whole": Choice("off", float), "packed": Choice("on", float)}
+            ways = {"whole": Choice("off"), "packed": Choice("on")}
             rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for index in range(1 + rounds):
                 for way in list(ways)[:: 1 if index % 2 else -1]:
@@ -161,10 +175,6 @@ def _bytes_out() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
-def _ip(*words: str) -> None:
-    _run("ip", *words)
-
-
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -191,12 +201,24 @@ def missed(row: dict[str, Any]) -> bool:
     return row["ratio"]["step"].median < LEAST
 
 
+def predicted(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds in collectives, whole and packed; empty for an unshaped row, or without one among `rows` to take the host's share from."""
+    same = [other for other in rows if other["gbit"] == 0 and all(other[key] == row[key] for key in ("ranks", "sparsity", "parameters"))]
+    if not same or row["gbit"] == 0:
+        return []
+
+    def on_link(one: dict[str, Any], way: str) -> float:
+        return 8 * one["median"][way]["counted"] / (1e9 * one["measured_gbit"][1])
+
+    host = {way: same[0]["median"][way]["communication"] - on_link(same[0], way) for way in row["median"]}
+    return [on_link(row, way) + host[way] for way in ("whole", "packed")]
+
+
 def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         whole, packed = row["median"]["whole"], row["median"]["packed"]
         alone, together = row["measured_gbit"]
-        predicted = [8 * way["interface"] / (1e9 * together) for way in (whole, packed)]
         rate = f"{row['gbit']:g} Gbit/s" if row["gbit"] else "unshaped"
         lines.append(
             (
@@ -206,7 +228,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
                 row["ratio"]["step"],
                 f"{whole['communication']:.2f} : {packed['communication']:.2f}",
                 row["ratio"]["communication"],
-                f"{predicted[0]:.2f} : {predicted[1]:.2f}",
+                " : ".join(f"{seconds:.2f}" for seconds in predicted(row, rows)),
                 f"{whole['interface'] / 1e6:,.0f} : {packed['interface'] / 1e6:,.0f}",
                 f"{row['ratio']['interface'].median:.2f}",
                 "MISSED" if missed(row) else "",
