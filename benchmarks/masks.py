@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.measure import table, write
 from benchmarks.step import Size, assemble
-from raysparse.recipes.environment import forget_peak_memory, peak_memory_bytes
-from raysparse.recipes.training import CheckpointConfig, memory_of
+from raysparse.recipes.training import CheckpointConfig
 from raysparse.train.checkpoint import Checkpointer
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.optimizer import OptimizerConfig
+from raysparse.train.process import forget_peak_memory, peak_memory_bytes
 from raysparse.train.state import Training
 
 
@@ -81,7 +81,7 @@ def peak(folder: Path, size: Size, sparsity: float, state: Any) -> dict[str, int
     for index in range(3):
         forward_backward(t, index)
         update(t, index)
-    return memory_of(t) | {"peak": peak_memory_bytes()}
+    return t.memory() | {"peak": peak_memory_bytes()}
 
 
 def report_peaks(found: dict[str, dict[str, int]]) -> str:

@@ -1,11 +1,9 @@
-"""Where a result was made: versions, hardware, commit, and how much memory it took."""
+"""Where a result was made: versions, hardware, commit."""
 
-import contextlib
 import json
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,28 +44,6 @@ def write_environment(folder: Path, config: RunConfig) -> None:
         "threads": config.threads,
     }
     write_atomically(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
-
-
-def forget_peak_memory() -> None:
-    """Start a new peak: several stages may run in one process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # where the kernel does not allow it the peak is the process's own
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """Of GPU memory allocated where there is a GPU, else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _processor() -> str:

@@ -16,11 +16,10 @@ from torch import Tensor
 from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
-from raysparse.kernels.adamw import MOMENTS
 from raysparse.kernels.bits import pack
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
-from raysparse.recipes.environment import forget_peak_memory, peak_memory_bytes, versions, write_environment
+from raysparse.recipes.environment import versions, write_environment
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.agenda import Agenda
@@ -35,7 +34,8 @@ from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
 from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
-from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, moments
+from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from raysparse.train.process import forget_peak_memory, peak_memory_bytes
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Pace, State, Training, TrainingConfig
@@ -255,7 +255,7 @@ def summarize(
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
-    kept = memory_of(t)
+    kept = state.memory_bytes
     largest = torch.tensor(
         [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64
     )
@@ -287,20 +287,9 @@ def summarize(
         "bytes_sent": int(sent),
         "dense_bytes_sent": int(dense_sent),
         "wire_seconds": wire_seconds,
+        "packed": t.sharded.choice.facts(),
         "memory_bytes": {name: int(size) for name, size in zip(kept, sizes, strict=True)},
         "peak_memory_bytes": int(peak),
-    }
-
-
-def memory_of(t: Training) -> dict[str, int]:
-    """Bytes on this rank of its rows of the weights and of their gradients, of AdamW's moments, and of those if all weights had them."""
-    sizes = {name: part.local.nbytes for name, part in t.sharded.parts.items()}
-    moments_of = {which: moments(t.sharded, t.optimizer, which) for which in MOMENTS}
-    return {
-        "weights": sum(sizes.values()),
-        "gradients": sum(sizes.values()),
-        "moments": sum(value.nbytes for found in moments_of.values() for value in found.values()),
-        "dense_moments": sum(sizes[name] for found in moments_of.values() for name in found),
     }
 
 

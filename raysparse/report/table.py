@@ -111,8 +111,8 @@ def _of_a_worker(runs: Sequence[Run]) -> Block:
         rows.append((run.name, bytes_text(round(sent)), bytes_text(round(dense)), seconds, *map(bytes_text, sizes)))
     columns = ("run", "sent/step", "unpacked", "in comm. s", "weights", "gradients", "moments", "if dense", "peak")
     notes = (
-        "Of the worker that has most. Sent: payload of all collectives in a step, validation counted in; unpacked: if live weights and "
-        "gradients were not sent alone. Moments: AdamW's, of live weights alone where masks allow; peak: of the whole process.",
+        "Of the worker that has most. Sent: weights gathered, gradients reduced and mask bits in a training step; unpacked: if live "
+        "weights and gradients were not sent alone. Moments: AdamW's, of live weights alone where masks allow; peak: of the whole process.",
     )
     return Block("On the wire and in memory", columns, tuple(rows), notes)
 

@@ -37,7 +37,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.bytes_sent = self.dense_bytes = 0
-        self._seconds = 0.0
+        self._seconds = 0.0  # without those of `_events`
         self._events: list[tuple[Any, Any]] = []
 
     def add(self, whole_bytes: int, size: int, passes: int = 1, dense: int | None = None) -> None:
@@ -56,6 +56,11 @@ class Wire:
             self._seconds += first.elapsed_time(last) / 1000
         self._events.clear()
         return self._seconds
+
+    @property
+    def so_far(self) -> tuple[int, int, float]:
+        """(bytes_sent, dense_bytes, seconds)."""
+        return self.bytes_sent, self.dense_bytes, self.seconds
 
     @contextmanager
     def timed(self, device: torch.device):
@@ -248,13 +253,13 @@ class Choice:
     TURNS = 4
     GAIN = 1.05
 
-    def __init__(self, mode: Mode, slowest: Callable[[float], float]):
+    def __init__(self, mode: Mode, slowest: Callable[[float], float] = float):
         """Args:
         slowest: the largest over all ranks, so that all choose alike.
         """
         self._mode, self._slowest = mode, slowest
         self._seconds: dict[float | None, dict[bool, list[float]]] = {}
-        self._chosen: dict[float | None, bool] = {}
+        self._chosen: dict[float, tuple[float, float]] = {}
         self._density: float | None = None
         self._rest = 0
 
@@ -263,13 +268,15 @@ class Choice:
         """In the next step."""
         if self._mode != "auto":
             return self._mode == "on"
+        if self._density in self._chosen:
+            return self._gains(self._density)
         taken = self._seconds.get(self._density, {})
-        return self._chosen.get(self._density, len(taken.get(True, [])) < len(taken.get(False, [])))
+        return len(taken.get(True, [])) < len(taken.get(False, []))
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing is packed at this density, from now on."""
-        return self._mode == "off" or (self._mode == "auto" and self._chosen.get(self._density) is False)
+        return self._mode == "off" or (self._mode == "auto" and self._density in self._chosen and not self._gains(self._density))
 
     def at(self, density: float | None) -> None:
         """The masks have changed, or the run begins.
@@ -292,7 +299,19 @@ class Choice:
         taken[self.packed].append(seconds)
         if len(taken[True]) < self.TURNS:
             return None
-        packed, whole = (self._slowest(median(taken[kind])) for kind in (True, False))
-        self._chosen[self._density] = chosen = whole >= self.GAIN * packed
-        verb = "packed" if chosen else "whole"
+        self._chosen[self._density] = packed, whole = (self._slowest(median(taken[True])), self._slowest(median(taken[False])))
+        verb = "packed" if self._gains(self._density) else "whole"
         return f"sharding: buffers are sent {verb}: a step took {packed:.3g} s packed, {whole:.3g} s whole (sharding.packed=auto)"
+
+    def facts(self) -> dict[str, Any]:
+        """For the summary: the mode, and of each density that was measured the median seconds of a step either way, and what was chosen."""
+        measured = [
+            {"density": density, "packed_seconds": packed, "whole_seconds": whole, "packed": self._gains(density)}
+            for density, (packed, whole) in self._chosen.items()
+        ]
+        return {"mode": self._mode, "measured": measured}
+
+    def _gains(self, density: float | None) -> bool:
+        assert density is not None
+        packed, whole = self._chosen[density]
+        return whole >= self.GAIN * packed

@@ -2,13 +2,15 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from raysparse.kernels.adamw import MOMENTS
 from raysparse.train.keeper import Change
 from raysparse.train.optimizer import dense_moments
+from raysparse.train.process import peak_memory_bytes
 from raysparse.train.state import State, Training
 
 
@@ -18,7 +20,7 @@ class Interval:
     def __init__(self, t: Training, state: State):
         self._t, self._state = t, state
         self._seconds_before = state.seconds
-        self._sent_before = state.bytes_sent, state.dense_bytes, state.wire_seconds
+        self._sent_before: tuple[float, ...] = (state.bytes_sent, state.dense_bytes, state.wire_seconds)
         self._sent = (state.step, *self._sent_before)  # at the last report
         self._began = self._mark = time.perf_counter()
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
@@ -45,9 +47,8 @@ class Interval:
 
     def into(self, state: State) -> None:
         state.seconds = self._seconds_before + time.perf_counter() - self._began
-        wire, (sent, dense, seconds) = self._t.sharded.wire, self._sent_before
-        state.bytes_sent, state.dense_bytes = sent + wire.bytes_sent, dense + wire.dense_bytes
-        state.wire_seconds = seconds + wire.seconds
+        sent, dense, seconds = (a + b for a, b in zip(self._sent_before, self._t.sharded.wire.so_far, strict=True))
+        state.bytes_sent, state.dense_bytes, state.wire_seconds = int(sent), int(dense), seconds
 
     def report(self, lr: float, norm: float) -> None:
         t, state = self._t, self._state
@@ -58,6 +59,8 @@ class Interval:
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
         self.into(state)
         state.losses["train"] = loss
+        memory = t.memory()
+        state.memory_bytes = {name: max(size, state.memory_bytes.get(name, 0)) for name, size in memory.items()}
         record = {
             "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
             "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate,
@@ -71,7 +74,7 @@ class Interval:
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
-        } | self._wire() | _layer_sparsity(t)  # fmt: skip
+        } | self._wire() | _memory(memory) | _layer_sparsity(t)  # fmt: skip
         t.meter.write(record, tags)
         t.run.show(record)
         self._loss, self._targets, self._tokens, self._mark = None, 0, state.tokens, now
@@ -84,8 +87,14 @@ class Interval:
         names = ("wire/bytes_per_step", "wire/dense_bytes_per_step", "wire/seconds_per_step")
         return {name: amount / max(1, steps) for name, amount in zip(names, grown, strict=True)}
 
-    def pause(self, seconds: float) -> None:
-        """Time that is not training (validation) counts neither in tokens/s nor in the run's seconds."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not training: neither its seconds nor what it sends count as the run's."""
+        began, wire = time.perf_counter(), self._t.sharded.wire
+        sent = wire.so_far
+        yield
+        self._sent_before = tuple(a + b - c for a, b, c in zip(self._sent_before, sent, wire.so_far, strict=True))
+        seconds = time.perf_counter() - began
         self._mark += seconds
         self._began += seconds
 
@@ -100,6 +109,10 @@ def check_leaks(t: Training) -> None:
         present = {name: found[name] for name in t.keeper.topology.masks if name in found}
         leaks = t.keeper.topology.leaks(present)
         assert not leaks, f"{what} of dead entries is not 0 on rank {t.run.rank}: {leaks}"
+
+
+def _memory(kept: Mapping[str, int]) -> dict[str, float]:
+    return {f"memory/{name}": size for name, size in (kept | {"peak": peak_memory_bytes()}).items()}
 
 
 def _sparsity(t: Training) -> float:

@@ -160,9 +160,8 @@ def _publish(t: Training) -> None:
 
 
 def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
-    began = time.perf_counter()
-    loss, error = validate(t)
-    interval.pause(time.perf_counter() - began)
+    with interval.paused():
+        loss, error = validate(t)
     state.losses |= {"validation": loss, "validation_stderr": error}
     if loss < state.best_loss:
         state.best_loss, state.best_step, state.stale = loss, state.step, 0

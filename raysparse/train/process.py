@@ -1,8 +1,11 @@
-"""The process group a rank trains in, and its collectives as the pure core wants them."""
+"""The process a rank trains in: its group, its collectives as the pure core wants them, its peak of memory."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -56,3 +59,25 @@ def ranks_of(group: dist.ProcessGroup, device: torch.device) -> Ranks:
         sum_lower=sum_lower,
         max=lambda x: reduce(x, dist.ReduceOp.MAX),
     )
+
+
+def forget_peak_memory() -> None:
+    """Start a new peak: several stages may run in one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # where the kernel does not allow it the peak is the process's own
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Of GPU memory allocated where there is a GPU, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

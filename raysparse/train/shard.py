@@ -93,6 +93,7 @@ class Sharded(ABC):
         owners: reductions over the ranks that hold disjoint parts (`Part.mine`) which together are the model.
         replica: which whole copy of the model this rank's rows belong to.
         wire: what this rank sent.
+        choice: whether it sends live elements alone.
     """
 
     module: nn.Module
@@ -101,6 +102,7 @@ class Sharded(ABC):
     owners: Ranks
     replica: int
     wire: Wire
+    choice: Choice
 
     @property
     def local(self) -> dict[str, Tensor]:
@@ -251,7 +253,7 @@ class Replicated(Sharded):
     """Everything everywhere; each gradient is all-reduced after the last backward."""
 
     def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
-        self.module, self.wire = module.to(device), Wire()
+        self.module, self.wire, self.choice = module.to(device), Wire(), Choice("off")
         self.ranks = self.owners = ALONE
         self.replica = dist.get_rank()
         self._parameters = dict(module.named_parameters())
@@ -268,7 +270,8 @@ class Replicated(Sharded):
         gradients = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
         if (size := dist.get_world_size()) > 1:
             for gradient in gradients.values():
-                dist.all_reduce(gradient)
+                with self.wire.timed(gradient.device):
+                    dist.all_reduce(gradient)
                 self.wire.add(gradient.nbytes, size, passes=2)
         return gradients
 
@@ -283,7 +286,7 @@ class Fairscale(Sharded):
     """Whole weights; each tensor's gradient is reduced to one owner, which holds its optimizer state and updates it."""
 
     def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
-        self.module, self.wire = module.to(device), Wire()
+        self.module, self.wire, self.choice = module.to(device), Wire(), Choice("off")
         self._parameters = dict(module.named_parameters())
         self.parts = {name: Part(tuple(p.shape), 0, p) for name, p in self._parameters.items()}
         self.ranks, self.replica = ALONE, dist.get_rank()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from raysparse.config import Config
 from raysparse.data.batch import Feed
+from raysparse.kernels.adamw import MOMENTS
 from raysparse.length import Length
 from raysparse.models.attention import HybridAttention
 from raysparse.sparsity.agenda import Agenda
@@ -22,7 +23,7 @@ from raysparse.train.checkpoint import Checkpointer
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import Kernels
 from raysparse.train.metrics import Meter
-from raysparse.train.optimizer import ScheduleConfig
+from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.run import Run
 from raysparse.train.shard import Sharded
 
@@ -76,6 +77,8 @@ class State:
     bytes_sent: int = 0
     dense_bytes: int = 0
     wire_seconds: float = 0.0
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """Most of each kind at any console line so far (`Training.memory`)."""
     best_loss: float = math.inf
     best_step: int = 0
     stale: int = 0
@@ -136,6 +139,18 @@ class Training:
     def looks_at_dead(self, step: int) -> bool:
         """Whether the step has an update that reads the gradients of dead weights."""
         return self.keeper is not None and self.agenda.is_update(step) and self.agenda.span(step).rule.grows_by_gradient
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank keeps between the steps, but for gradients: of its rows of the weights, of the gradients that it sums up
+        and steps with, of AdamW's moments, and of these if all weights had them."""
+        sizes = {name: part.local.nbytes for name, part in self.sharded.parts.items()}
+        found = [moments(self.sharded, self.optimizer, which) for which in MOMENTS]
+        return {
+            "weights": sum(sizes.values()),
+            "gradients": sum(sizes[name] for name, part in self.sharded.parts.items() if part.mine),
+            "moments": sum(value.nbytes for of in found for value in of.values()),
+            "dense_moments": sum(sizes[name] for of in found for name in of),
+        }
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over every rank of the run, replicas too; every rank calls this."""

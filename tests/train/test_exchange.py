@@ -124,6 +124,17 @@ def counted(folder, mode):
     return t.sharded.wire.bytes_sent, t.sharded.wire.dense_bytes, t.sharded.wire.seconds
 
 
+def test_validation_is_not_counted(tmp_path):
+    """Nor what it sends. Embeddings that it has gathered are not gathered again by the next step."""
+    often, seldom = (
+        spawn(run, 2, str(tmp_path / f"every {every}"), sections("on", training={"validate_every": every}), SPARSE) for every in (1, 7)
+    )
+    for one, other in zip(often, seldom, strict=True):
+        assert one["sent"] > other["sent"] > other["state"]["bytes_sent"]
+        for key in ("bytes_sent", "dense_bytes"):
+            assert 0.9 * other["state"][key] < one["state"][key] < other["state"][key]
+
+
 def test_bytes_are_counted_beside_those_of_whole_buffers(tmp_path):
     for (sent, dense, seconds), (off, of_off, _) in zip(
         spawn(counted, 2, str(tmp_path / "on"), "on"), spawn(counted, 2, str(tmp_path / "off"), "off"), strict=True
@@ -234,6 +245,8 @@ def test_auto_measures_and_says(packed, verb):
     said, ways = steps(choice, {True: packed, False: 2.0}, 4 + 2 * Choice.TURNS)
     assert said == [f"sharding: buffers are sent {verb}: a step took {packed:.3g} s packed, 2 s whole (sharding.packed=auto)"]
     assert ways == [False, *[False, True] * Choice.TURNS, *[verb == "packed"] * 3]
+    measured = {"density": 0.2, "packed_seconds": packed, "whole_seconds": 2.0, "packed": verb == "packed"}
+    assert choice.facts() == {"mode": "auto", "measured": [measured]}
 
 
 def test_where_nothing_is_packed_nothing_is_measured():

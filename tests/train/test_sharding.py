@@ -134,6 +134,22 @@ def test_impossible_shardings_are_refused(values, workers, text):
         ShardingConfig.check(values).check_workers(workers)
 
 
+def memory(folder: str, kind: str, state: str) -> dict[str, int]:
+    return assemble(folder, sections(kind) | {"optimizer": {"state": state}}, SPARSE)[0].memory()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_what_the_ranks_keep(tmp_path, kind):
+    dense, live = (spawn(memory, 2, str(tmp_path / state), kind, state) for state in ("dense", "live"))
+    sizes, packed = ({name: sum(one[name] for one in found) for name in found[0]} for found in (dense, live))
+    weights, gradients = {"none": (2, 2), "replicas": (2, 2), "fairscale": (2, 1)}.get(kind, (1, 1))  # copies over both ranks
+    once = sizes["weights"] // weights
+    assert once == 4 * sum(parameter.numel() for parameter in skeleton(config(**sections(kind)).model, context=CONTEXT).parameters())
+    assert sizes["gradients"] == gradients * once
+    assert sizes["moments"] == sizes["dense_moments"] == packed["dense_moments"] == 2 * gradients * once
+    assert packed["moments"] < sizes["moments"]
+
+
 def test_missing_fairscale_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fairscale.optim.oss", None)
     with pytest.raises(ConfigError, match=r"Expected the package fairscale.*pip install 'raysparse\[fairscale\]'"):
