@@ -62,5 +62,5 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -c constraints.txt -e '.[dev,fairscale]'
+	$(PIP) -c constraints.txt -e '.[dev,fairscale,metrics]'
 	touch $@

@@ -5,6 +5,7 @@ raysparse pretrain  configs/debug.yaml --local                  train in this pr
 raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RAY_ADDRESS, else a local one)
 raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
+raysparse score     --task e2e --outputs FILE --references FILE any system's outputs, by the task's official scores
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
 raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
@@ -74,6 +75,25 @@ examples:
 """Short and long help of `raysparse doctor`."""
 
 
+SCORE_HELP = (
+    "score any system's outputs against references, without a model",
+    """Prints the scores of a task: those of its official scripts, to the digits that these print (docs/tasks.md tells which and what they
+need). TASK is e2e, webnlg, dart, gsm8k, seq2seq, completion, docstrings, or a YAML file with a task section.
+
+Outputs: a text file with one output a line, or JSON lines with "hypothesis" (predictions.jsonl of an evaluation).
+References: a text file with one a line, or with a block of lines for each output and blank lines between (as E2E's script takes
+them), or several text files of which line k belongs to output k (as WebNLG's takes them, a blank line is no reference), or a table with
+"references", or the task's own data (test.jsonl). Files may be .gz or .zst.
+
+examples:
+  raysparse score --task e2e --outputs baseline.txt --references devset.txt
+  raysparse score --task webnlg --outputs hypothesis.txt --references reference0.txt reference1.txt reference2.txt
+  raysparse score --task dart --outputs runs/dart/predictions.jsonl --references runs/dart/predictions.jsonl --json
+  raysparse score --task seq2seq --metrics chrf ter --outputs out.txt --references right.txt""",
+)
+"""Short and long help of `raysparse score`."""
+
+
 EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
@@ -91,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {' '.join(unknown)}; `raysparse {args.verb} --help` lists them")
-    if rest and args.verb == "doctor":
-        parser.error(f"`raysparse doctor` takes no words, got {' '.join(rest)}")
+    if rest and args.verb in ("doctor", "score"):
+        parser.error(f"`raysparse {args.verb}` takes no words, got {' '.join(rest)}")
     args.words = [*getattr(args, "words", ()), *rest]  # overrides after an option
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
@@ -100,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _masks(args)
         if args.verb == "doctor":
             return _doctor(args)
+        if args.verb == "score":
+            return _score(args)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
@@ -224,6 +246,14 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if facts["well"] else 1
 
 
+def _score(args: argparse.Namespace) -> int:
+    from raysparse.recipes import score
+
+    facts = score.score(args.task, args.outputs, args.references, args.metrics)
+    print(json.dumps(facts, indent=1) if args.json else score.show(facts))
+    return 0
+
+
 def carry_out(jobs: list[Any], run: Any, local: bool) -> list[dict[str, Any]]:
     """In this very process, or on Ray."""
     from raysparse.train.metrics import Console
@@ -287,6 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--diff", action="store_true", help="compare two: how many weights live in A alone, in B alone, in both")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     sub = verbs.add_parser("doctor", help=DOCTOR_HELP[0], description=f"{DOCTOR_HELP[0]}.\n\n{DOCTOR_HELP[1]}", formatter_class=form)
+    sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    sub = verbs.add_parser("score", help=SCORE_HELP[0], description=f"{SCORE_HELP[0]}.\n\n{SCORE_HELP[1]}", formatter_class=form)
+    sub.add_argument("--task", required=True, metavar="TASK", help="name of a task, or a YAML file with a task section")
+    sub.add_argument("--outputs", required=True, metavar="FILE", help="what the system said, in the order of the references")
+    sub.add_argument("--references", required=True, nargs="+", metavar="FILE", help="what would be right")
+    sub.add_argument("--metrics", nargs="+", default=(), metavar="NAME", help="these instead of the task's")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     return parser
 

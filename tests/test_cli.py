@@ -261,7 +261,7 @@ def finetune_values(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {
         "run": values["run"] | {"name": "tuned"},
         "model": {"path": str(Path(values["run"]["folder"]) / "tiny")},
-        "task": {"type": "pairs", "data": {"type": "files"} | files, "metrics": ["chrf", "bleu"]},
+        "task": {"type": "seq2seq", "data": {"type": "files"} | files, "metrics": ["chrf", "bleu"]},
         "context": 16,
         "training": {"length": 6, "sequences": 4, "micro": 2, "validation_sequences": 8},
         "generation": {"max_new_tokens": 4},

@@ -86,7 +86,7 @@ def test_imports_point_down():
         ("raysparse.sparsity.select", "if x:\n    import torch.distributed as dist", True),
         ("raysparse.sparsity.select", "import transformers", True),
         ("raysparse.sparsity.select", "from raysparse.data.batch import Batch", True),
-        ("raysparse.tasks.pairs", "from raysparse.data.batch import Batch", False),
+        ("raysparse.tasks.tables", "from raysparse.data.batch import Batch", False),
         ("raysparse.config", "import raysparse.sparsity", True),
         ("raysparse.recipes.pretrain", "from raysparse.runtime.launch import launch", True),
         ("raysparse.__main__", "def f():\n    from raysparse.runtime.launch import launch", False),

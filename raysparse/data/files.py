@@ -75,6 +75,11 @@ def read_text(path: Path) -> Iterator[str]:
         yield "".join(piece)
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends."""
+    return [line.rstrip("\r\n") for _, line in _lines(path)]
+
+
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a table, each with at least `columns`.
 
@@ -108,6 +113,21 @@ def as_text(value: Any, where: str, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(f"Expected text in column {column!r} at {where}. Got {value!r:.80}. Mend the row or choose another column.")
+
+
+def as_texts(value: Any, where: str, column: str) -> list[str]:
+    """A cell that holds a text or a list of them."""
+    return [as_text(one, where, column) for one in (value if isinstance(value, list) else [value])]
+
+
+def columns(path: Path) -> list[str]:
+    """Names of a table's columns, of JSON lines those of the first row; none where it has no rows."""
+    if kind(path) == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as file:
+            return list(file.schema_arrow.names)
+    return next((list(row) for _, row in read_rows(path, ())), [])
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

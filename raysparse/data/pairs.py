@@ -27,7 +27,7 @@ class PairRows:
         ids: [tokens] of all rows; row k is ``ids[first[k] : first[k + 1]]``: prompt, separator, answer, end of text.
         first: [num_pairs + 1].
         num_prompt: [num_pairs], tokens of prompt and separator.
-        num_truncated: pairs whose prompt was cut at its end, before the separator, to fit the context.
+        num_truncated: pairs whose prompt was cut, at the end that ``task.cut`` tells, to fit the context.
         num_truncated_targets: pairs whose answer was longer than half the context and was cut to that.
     """
 
@@ -44,7 +44,7 @@ class PairRows:
         """Every (example, reference) is a pair; `context` is the longest `Batch.input_ids`, one less than a whole row."""
         if not examples:
             raise ConfigError("Expected examples to train or validate on. Got none. Check task and its max_examples.")
-        pairs = [(task.prompt(example), reference) for example in examples for reference in example.references]
+        pairs = [(task.prompt(example), task.lead + reference) for example in examples for reference in example.references]
         for prompt, target in pairs:
             if not target.strip():
                 raise ConfigError(f"Expected a target for every prompt. Got none for {prompt!r:.80}. Remove the pair.")
@@ -58,7 +58,7 @@ class PairRows:
             target = [*target[: context // 2], tokenizer.eos_token_id]
             room = context + 1 - len(separator) - len(target)
             num_truncated += len(prompt) > room
-            rows.append([*prompt[:room], *separator, *target])
+            rows.append([*_cut(prompt, room, task), *separator, *target])
             num_prompt.append(len(rows[-1]) - len(target))
         first = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         ids = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(first[-1]))
@@ -133,7 +133,7 @@ def encode_prompts(
             f"{len(separator)} for the separator. Lower max_new_tokens or raise the context."
         )
     prompts = _encode(tokenizer, [task.prompt(example) for example in examples])
-    return [[*prompt[:room], *separator] for prompt in prompts]
+    return [[*_cut(prompt, room, task), *separator] for prompt in prompts]
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -142,13 +142,19 @@ def pad_id(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def _separator(tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -> list[int]:
+    if task.separator is None:
+        return [tokenizer.eos_token_id]
     separator = tokenizer(task.separator, add_special_tokens=False)["input_ids"]
-    if not separator or len(separator) > context // 4:
+    if len(separator) > context // 4 or (not separator and task.cut == "end"):
         raise ConfigError(
             f"Expected task.separator of 1 to {context // 4} tokens, a quarter of the context. Got {len(separator)} in "
             f"{task.separator!r}. Change the separator or the context."
         )
     return separator
+
+
+def _cut(prompt: list[int], room: int, task: Task) -> list[int]:
+    return prompt[:room] if task.cut == "end" else prompt[max(0, len(prompt) - room) :]
 
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:

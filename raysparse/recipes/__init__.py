@@ -38,7 +38,11 @@ def text(summary: dict[str, Any], job: Job) -> str:
     if "task" in summary:
         task = summary["task"]
         for name, value in task["scores"].items():
-            lines.append(f"{name:<17} {value:.2f} (baseline {task['baseline'][name]:.2f}) on {task['num_examples']:,} examples")
+            baseline = f"baseline {task['baseline'][name]:.2f}" if name in task["baseline"] else "no baseline"
+            parts = "".join(f", {part} {own['scores'][name]:.2f}" for part, own in task["subsets"].items() if name in own["scores"])
+            lines.append(f"{name:<17} {value:.2f} ({baseline}{parts}) on {task['num_examples']:,} examples")
+        lines += [f"{name:<17} not scored: it {reason}" for name, reason in task["missing"].items()]
+        lines += [f"remark            {task['remark']}"] if task["remark"] else []
     return "\n".join(lines)
 
 

@@ -1,16 +1,24 @@
 """Score a model on a task: every rank answers its share of the examples, rank 0 scores all and keeps them beside the answers."""
 
+import hashlib
 import json
+import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from pydantic import Field
+from tqdm import tqdm
 
 from raysparse.config import Config, ConfigError
-from raysparse.data.pairs import encode_prompts
+from raysparse.data.pairs import PairRows, encode_prompts
+from raysparse.losses import cross_entropy_sum
 from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.environment import write_environment
@@ -19,7 +27,7 @@ from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
 from raysparse.tasks.generate import GenerationConfig, generate
-from raysparse.tasks.metrics import score
+from raysparse.tasks.metrics import METRICS, missing, score, score_parts
 from raysparse.train.checkpoint import crc32
 from raysparse.train.run import Run, RunConfig, resolve_device
 
@@ -64,14 +72,8 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError("Expected run.device=cpu with weights=packed. Got a GPU. Add run.device=cpu, or drop weights=packed.")
     if not packed.is_packed(folder):
         architecture(ModelConfig(path=folder), len(tokenizer), config.context)
-    encode_prompts(
-        examples_of(config.task)[config.evaluation.split][:1],
-        tokenizer,
-        config.task,
-        config.context,
-        config.generation.max_new_tokens,
-    )
-    examples = str(store_examples(config.task, config.cache_dir))
+    check_scores(config.task, tokenizer, config.context, config.generation, config.evaluation)
+    examples = str(store_examples(config.task, config.cache_dir, (config.evaluation.split,)))
     return {"examples": examples, "model": folder, "content": {"examples": Path(examples).stem, "model": weights_digest(folder)}}
 
 
@@ -116,33 +118,72 @@ def score_model(
         if weights == "packed":
             model = packed.pack(model, "float32")
     model.to(device)  # pyrefly: ignore
+    result: dict[str, Any] = {"name": task.type, "primary": task.primary, "split": evaluation.split, "num_examples": len(examples)}
+    result |= {"remark": task.told, "missing": missing(task.metrics), "scores": {}, "baseline": {}, "subsets": {}}
+    if "perplexity" in task.metrics:
+        result["scores"]["perplexity"] = perplexity(model, tokenizer, task, examples, context, generation.batch_size, run)
+    if any(name in METRICS for name in task.metrics):
+        answer_and_score(model, tokenizer, task, examples, context, generation, run, out, result)
+    result["scores"] = {name: result["scores"][name] for name in task.metrics if name in result["scores"]}
+    return result
+
+
+def answer_and_score(
+    model: Any, tokenizer: Any, task: Any, examples: list[Example], context: int, generation: GenerationConfig, run: Run, out: Path,
+    result: dict[str, Any],
+) -> None:  # fmt: skip
+    """Fill `result` with the scores of the model's answers and of the baseline's. Every rank calls this, the first one scores."""
     model.config.use_cache = True
-    mine = list(range(run.rank, len(examples), run.world_size))
-    prompts = encode_prompts([examples[i] for i in mine], tokenizer, task, context, generation.max_new_tokens)
-    parts: list[Any] = [None] * run.world_size
+    prompts = encode_prompts(examples, tokenizer, task, context, generation.max_new_tokens)
     began = time.perf_counter()
-    answers = dict(zip(mine, generate(model, tokenizer, prompts, generation, run.rank == 0), strict=True))
+    answers = generate(model, tokenizer, prompts, generation, run.rank, run.world_size, run.rank == 0)
+    parts: list[Any] = [None] * run.world_size
     dist.all_gather_object(parts, (answers, time.perf_counter() - began))
-    merged = {index: answer for part, _ in parts for index, answer in part.items()}
-    hypotheses = [merged[i] for i in range(len(examples))]
-    num_tokens = sum(map(len, tokenizer(hypotheses)["input_ids"])) if hypotheses else 0
-    references = [example.references for example in examples]
-    guesses = [task.baseline(example) for example in examples]
     if run.rank == 0:
+        merged = {index: answer for part, _ in parts for index, answer in part.items()}
+        outputs, guesses = [merged[k] for k in range(len(examples))], [task.baseline(example) for example in examples]
         lines = [
             json.dumps({"source": e.source, "hypothesis": h, "references": e.references, "baseline": g})
-            for e, h, g in zip(examples, hypotheses, guesses, strict=True)
+            for e, h, g in zip(examples, outputs, guesses, strict=True)
         ]
         write_atomically(out / PREDICTIONS, "".join(line + "\n" for line in lines))
-    return {
-        "name": task.type,
-        "primary": task.primary,
-        "split": evaluation.split,
-        "num_examples": len(examples),
-        "tokens_per_s": num_tokens / max(seconds for _, seconds in parts),
-        "scores": score(task.metrics, hypotheses, references),
-        "baseline": score(task.metrics, guesses, references),
-    }
+        references, subsets = [example.references for example in examples], [example.subset for example in examples]
+        for name, reason in result["missing"].items():
+            run.show({"text": f"{task.type}: {name} is not scored, it {reason}"})
+        scores = score_parts(task.metrics, outputs, references, subsets)
+        result["scores"] |= scores.pop("")
+        counts = Counter(subsets)
+        result["subsets"] = {name: {"num_examples": counts[name], "scores": own} for name, own in sorted(scores.items())}
+        result["baseline"] = score(task.metrics, guesses, references)
+        result["tokens_per_s"] = sum(map(len, tokenizer(outputs)["input_ids"])) / max(seconds for _, seconds in parts)
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    result |= box[0]
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, task: Any, examples: list[Example], context: int, batch_size: int, run: Run) -> float:
+    """exp of the mean loss of all tokens of all references, end of text included, as training predicts them. Every rank calls this."""
+    rows = PairRows.encode(examples, tokenizer, task, context)
+    order = np.argsort(-np.diff(rows.first), kind="stable")
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    mine = range(run.rank, len(batches), run.world_size)
+    for number in tqdm(mine, desc="perplexity", disable=None if run.rank == 0 else True):
+        batch = rows.batch(batches[number], batches[number])
+        logits = model(input_ids=batch.input_ids.to(model.device)).logits
+        total += torch.tensor([float(cross_entropy_sum(logits, batch.labels.to(model.device))), batch.num_targets], dtype=torch.float64)
+    parts: list[Any] = [None] * run.world_size
+    dist.all_gather_object(parts, total)
+    loss, num_targets = torch.stack(parts).sum(0).tolist()
+    return math.exp(min(700.0, loss / num_targets))
+
+
+def check_scores(task: Any, tokenizer: Any, context: int, generation: GenerationConfig, evaluation: EvaluationConfig) -> None:
+    """Raise a `ConfigError` for what would only show when the model answers."""
+    task.check_metrics()
+    encode_prompts(examples_of(task, evaluation.split)[:1], tokenizer, task, context, generation.max_new_tokens)
 
 
 def model_folder(path: str) -> str:
@@ -175,25 +216,22 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from None
 
 
-@lru_cache(maxsize=4)
-def _examples_by_json(task_json: str) -> dict[Split, list[Example]]:
+@lru_cache(maxsize=12)
+def _examples_by_json(task_json: str, split: Split) -> list[Example]:
     from pydantic import TypeAdapter
 
-    task = TypeAdapter(AnyTask).validate_json(task_json)
-    return {split: task.examples(split) for split in ("train", "validation", "test")}
+    return TypeAdapter(AnyTask).validate_json(task_json).examples(split)
 
 
-def examples_of(task: Any) -> dict[Split, list[Example]]:
-    """All splits; made once a process for equal tasks."""
-    return _examples_by_json(task.model_dump_json())
+def examples_of(task: Any, split: Split) -> list[Example]:
+    """Of a split; made once a process for equal tasks."""
+    return _examples_by_json(task.model_dump_json(), split)
 
 
-def store_examples(task: Any, cache_dir: str) -> Path:
+def store_examples(task: Any, cache_dir: str, splits: Sequence[Split] = get_args(Split)) -> Path:
     """Write the examples where the workers read them, under a name that is a hash of their content."""
-    import hashlib
-
-    splits = examples_of(task)
-    text = json.dumps({split: [[e.source, e.references] for e in examples] for split, examples in splits.items()})
+    rows = {split: [[e.source, e.references, e.subset] for e in examples_of(task, split)] for split in splits}
+    text = json.dumps(rows)
     file = Path(cache_dir).expanduser().absolute() / "examples" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,4 +242,5 @@ def store_examples(task: Any, cache_dir: str) -> Path:
 def load_examples(file: Path) -> dict[Split, list[Example]]:
     if not file.exists():
         raise ConfigError(f"Expected prepared examples at {file}. Got none on this machine. Put the cache on storage that all nodes share.")
-    return {split: [Example(source, tuple(refs)) for source, refs in rows] for split, rows in json.loads(file.read_text()).items()}
+    stored = json.loads(file.read_text()).items()
+    return {split: [Example(source, tuple(references), subset) for source, references, subset in rows] for split, rows in stored}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from raysparse.config import Config, ConfigError
-from raysparse.data.pairs import PairFeed, PairRows, PairValidation, encode_prompts
+from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.kernels.bits import unpack
 from raysparse.models.build import architecture, block_linears, build
 from raysparse.recipes import evaluate, training
@@ -62,11 +62,9 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
         tokenizer_folder = config.model.path
     assert tokenizer_folder is not None
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
-    splits = evaluate.examples_of(config.task)
-    rows = PairRows.encode(splits["train"], tokenizer, config.task, config.context)
+    evaluate.check_scores(config.task, tokenizer, config.context, config.generation, config.evaluation)
+    rows = PairRows.encode(evaluate.examples_of(config.task, "train"), tokenizer, config.task, config.context)
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
-    first, generation = splits[config.evaluation.split][:1], config.generation
-    encode_prompts(first, tokenizer, config.task, config.context, generation.max_new_tokens)
     examples = str(evaluate.store_examples(config.task, config.cache_dir))
     weights = "of an earlier stage" if pending else evaluate.weights_digest(tokenizer_folder)
     return {

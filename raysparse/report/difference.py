@@ -1,15 +1,14 @@
 """A run minus its dense twin, and whether that is more than noise."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 
 from raysparse.config import ConfigError
 from raysparse.report import Run
-from raysparse.tasks.metrics import METRICS, MetricName, streams
+from raysparse.tasks.metrics import METRICS, Additive
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ def paired_bootstrap(
 
     Every resample draws as many examples as there are, with replacement, the same ones for both systems. The metric of a corpus
     is a function of sums over its examples (BLEU, chrF: n-gram matches and counts; ROUGE-L, exact match: the scores
-    themselves), so the text is read once and a resample is a weighted sum ``[N] @ [N, sums]``.
+    themselves; `Additive`), so the text is read once and a resample is a weighted sum ``[N] @ [N, sums]``.
 
     Args:
-        metric: one of `JUDGED`.
+        metric: one that is `Additive`.
         ours, theirs: [N] outputs for the same N examples.
         references: [N], one or more texts each.
     """
@@ -61,54 +60,31 @@ def _resampled(
     metric: str, systems: Sequence[Sequence[str]], references: Sequence[Sequence[str]], resamples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, list[float]]:
     """Scores of each system on every resample, [systems, resamples], and on all examples."""
-    sums, score = _mean_sums(metric) if metric in ("rouge_l", "exact_match") else _corpus_sums(metric)
-    all_sums = np.stack([sums(outputs, references) for outputs in systems])
+    additive = _additive(metric)
+    assert additive is not None, metric
+    all_sums = np.stack([additive.sums(outputs, references) for outputs in systems])
     n, generator = len(references), np.random.default_rng(seed)
     scores = np.empty((len(systems), resamples))
     for k in range(resamples):
         weight = np.bincount(generator.integers(n, size=n), minlength=n)
-        scores[:, k] = [score(total) for total in weight @ all_sums]
-    return scores, [score(total) for total in all_sums.sum(axis=1)]
+        scores[:, k] = [additive.of_sums(total) for total in weight @ all_sums]
+    return scores, [additive.of_sums(total) for total in all_sums.sum(axis=1)]
 
 
 def score_interval(run: Run) -> str:
     """The 95 % bootstrap interval of a run's primary metric, as text; a dash where it cannot be judged."""
     metric = run.summary["task"]["primary"]
-    if run.predictions is None or metric not in JUDGED:
+    if run.predictions is None or _additive(metric) is None:
         return "–"
     scores, _ = _resampled(metric, [[text for text, _ in run.predictions]], [texts for _, texts in run.predictions])
     low, high = np.percentile(scores[0], [2.5, 97.5])
     return f"{low:.2f} to {high:.2f}"
 
 
-JUDGED = ("bleu", "bleu_lowercase", "chrf", "rouge_l", "exact_match")
-"""Metrics whose differences `paired_bootstrap` can judge."""
-
-Sums = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-
-
-def _corpus_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
-    """BLEU and chrF by sacrebleu: the statistics of each example, [N, some], and the score of their total, as its own
-    bootstrap adds them up."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    scorer: Any = CHRF() if metric == "chrf" else BLEU(lowercase=metric == "bleu_lowercase", force=True)
-
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        return np.array(scorer._extract_corpus_statistics(outputs, streams(references)), dtype=np.float64)
-
-    return sums, lambda total: scorer._compute_score_from_stats(total.astype(int).tolist()).score
-
-
-def _mean_sums(metric: str) -> tuple[Sums, Callable[[np.ndarray], float]]:
-    """A metric that is a mean over examples: [N, 2] of (score, 1)."""
-    one = METRICS[cast(MetricName, metric)]
-
-    def sums(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        return np.array([[one([output], [texts]), 1.0] for output, texts in zip(outputs, references, strict=True)])
-
-    return sums, lambda total: float(total[0] / total[1])
+def _additive(metric: str) -> Additive | None:
+    """The metric where its noise can be judged on this machine, from sums over examples."""
+    found = {name: one for name, one in METRICS.items() if isinstance(one, Additive)}.get(metric)  # pyrefly: ignore
+    return found if found is not None and found.missing() is None else None
 
 
 def loss_difference(run: Run, twin: Run) -> Difference:
@@ -129,7 +105,7 @@ def task_difference(run: Run, twin: Run) -> Difference:
     """Primary metric of ``run`` minus that of ``twin``, judged by `paired_bootstrap` where both kept predictions."""
     value = run.score - twin.score
     metric = run.summary["task"]["primary"]
-    if metric not in JUDGED or run.predictions is None or twin.predictions is None:
+    if _additive(metric) is None or run.predictions is None or twin.predictions is None:
         return Difference(value)
     if [references for _, references in run.predictions] != [references for _, references in twin.predictions]:
         raise ConfigError(

@@ -14,8 +14,7 @@ from raysparse.report.distance import heat_map
 from raysparse.report.evolving import phases, topology_curves
 from raysparse.report.plots import cost_bars, distance_maps, flops_curves, layer_sparsity, loss_curves
 from raysparse.report.table import NO_TIME_SAVED, Block, comparison
-
-LOWER_IS_BETTER = ("ter", "perplexity", "loss", "wer")
+from raysparse.tasks.metrics import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import Field
 
 from raysparse.data.sources import decode, stdlib_names, stdlib_root, stdlib_split
-from raysparse.tasks.base import Example, Split, Task, group
+from raysparse.tasks.base import Example, Split, Task, merged
 from raysparse.tasks.metrics import MetricName
 
 _MAX_SENTENCE = 300  # characters; what is longer is a table or a list that no full stop ends
@@ -38,7 +38,7 @@ class Docstrings(Task):
     """
 
     type: Literal["docstrings"] = "docstrings"
-    separator: str = '\n"""'
+    separator: str | None = '\n"""'
     """Text between the function and the sentence."""
     metrics: tuple[MetricName, ...] = Field(("rouge_l", "chrf", "bleu"), min_length=1)
     """Scores to report; the first is the primary one. BLEU says little about single short sentences, so it comes last."""
@@ -46,7 +46,7 @@ class Docstrings(Task):
     """Use at most this many examples of each split, a fixed pseudo-random choice; null uses all."""
 
     def examples(self, split: Split) -> list[Example]:
-        found = group([(pair.source, pair.sentence) for pair in _pairs(stdlib_root()) if pair.split == split])
+        found = merged(Example(pair.source, (pair.sentence,)) for pair in _pairs(stdlib_root()) if pair.split == split)
         if self.max_examples is None or len(found) <= self.max_examples:
             return found
         return sorted(found, key=lambda example: hashlib.sha256(example.source.encode()).digest())[: self.max_examples]

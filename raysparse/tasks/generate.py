@@ -3,12 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError
+from raysparse.sparsity import counter
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig as Settings
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GenerationConfig(Config):
-    """How an answer is searched for: greedy with one beam, else beam search."""
+    """How an answer is searched for: greedy with one beam, else beam search, or drawn where temperature is above 0."""
 
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer in tokens."""
@@ -26,8 +27,20 @@ class GenerationConfig(Config):
     """Beam scores are divided by length to this power: above 1 favours long answers. SPDF's tasks use 0.8 to 0.9."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """No sequence of this many tokens occurs twice; 0 allows all. SPDF's tasks use 4."""
+    temperature: float = Field(0, ge=0)
+    """0 searches for the likeliest answer; 1 draws tokens as likely as the model says, lower values keep to likely ones."""
+    top_p: float = Field(1, gt=0, le=1)
+    """Draw from the likeliest tokens that have this probability together."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the drawing."""
     batch_size: int = Field(32, ge=1)
     """Prompts answered at once."""
+
+    @model_validator(mode="after")
+    def _drawn_or_searched(self) -> Self:
+        if self.temperature and self.num_beams > 1:
+            raise ValueError(f"Expected num_beams 1 with a temperature. Got {self.num_beams}. Drop one of the two")
+        return self
 
 
 @torch.no_grad()
@@ -36,41 +49,51 @@ def generate(
     tokenizer: "PreTrainedTokenizerFast",
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
+    rank: int = 0,
+    ranks: int = 1,
     progress: bool = True,
-) -> list[str]:
-    """The answers, in the order of the prompts, without special tokens and without spaces at the ends.
+) -> dict[int, str]:
+    """Number of a prompt -> its answer, without special tokens and without spaces at the ends, of this rank's share of the prompts.
+
+    What is batched together depends on the prompts alone, so that answers are the same on any number of ranks: of the batches, longest
+    prompts first, every rank takes its turn.
 
     Args:
-        prompts: token ids with the separator, as `data.pairs.encode_prompts` makes them. They are padded on the left, so that all
-            answers of a batch start at the same place, and the padding is masked.
+        prompts: of all ranks; token ids with the separator, as `data.pairs.encode_prompts` makes them. They are padded on the left, so
+            that all answers of a batch start at the same place, and the padding is masked.
     """
     from tqdm import tqdm
     from transformers import GenerationConfig as Settings
 
     _check_room(model, max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    drawn = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
     settings = Settings(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         length_penalty=config.length_penalty if config.num_beams > 1 else None,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
-        do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
+        **({"do_sample": False} | drawn),
     )
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: too little memory shows at once
-    answers = [""] * len(prompts)
-    with tqdm(desc="generating", total=len(prompts), disable=None if progress else True) as bar:
-        for first in range(0, len(order), config.batch_size):
-            rows = order[first : first + config.batch_size]
+    batches = [order[first : first + config.batch_size] for first in range(0, len(order), config.batch_size)]
+    answers: dict[int, str] = {}
+    mine = range(rank, len(batches), ranks)
+    with tqdm(desc="generating", total=sum(len(batches[k]) for k in mine), disable=None if progress else True) as bar:
+        for number in mine:
+            rows = batches[number]
             ids, mask = left_pad([prompts[row] for row in rows], pad)
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            output = cast(Any, model).generate(**inputs, generation_config=settings)
+            with torch.random.fork_rng(enabled=config.temperature > 0):
+                if config.temperature:
+                    torch.manual_seed(counter.key(config.seed, "generate", number))
+                output = cast(Any, model).generate(**inputs, generation_config=settings)
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text.strip()
+            answers |= {row: text.strip() for row, text in zip(rows, texts, strict=True)}
             bar.update(len(rows))
     model.train(was_training)
     return answers

@@ -111,7 +111,7 @@ def check_leaks(t: Training) -> None:
         assert not leaks, f"{what} of dead entries is not 0 on rank {t.run.rank}: {leaks}"
 
 
-def _memory(kept: Mapping[str, int]) -> dict[str, float]:
+def _memory(kept: dict[str, int]) -> dict[str, float]:
     return {f"memory/{name}": size for name, size in (kept | {"peak": peak_memory_bytes()}).items()}
 
 

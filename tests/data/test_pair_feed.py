@@ -5,10 +5,10 @@ from raysparse.config import ConfigError
 from raysparse.data.batch import IGNORED
 from raysparse.data.pairs import PairFeed, PairValidation, encode_prompts
 from raysparse.data.tokenizer import TrainTokenizer, load, train
-from raysparse.tasks import Example, Pairs
-from raysparse.tasks.pairs import PairFiles
+from raysparse.tasks import Example, Seq2seq
+from raysparse.tasks.tables import PairFiles
 
-TASK = Pairs(data=PairFiles(train="", validation="", test=""), separator="\n=> ")
+TASK = Seq2seq(data=PairFiles(train="", validation="", test=""), separator="\n=> ")
 
 
 @pytest.fixture(scope="module")

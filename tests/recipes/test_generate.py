@@ -111,7 +111,7 @@ def test_packed_weights_score_as_dense_ones(capsys, run, tmp_path):
     values = {
         "run": {"name": "scores", "folder": str(tmp_path / "runs"), "device": "cpu"},
         "model": {"path": str(run)},
-        "task": {"type": "pairs", "data": {"type": "files"} | files, "metrics": ["chrf"]},
+        "task": {"type": "seq2seq", "data": {"type": "files"} | files, "metrics": ["chrf"]},
         "context": 32,
         "generation": {"max_new_tokens": 8},
         "cache_dir": str(tmp_path / "cache"),

@@ -36,8 +36,8 @@ def greedy(model, tokenizer, prompt, count):
 def test_answers_come_in_order_and_padding_changes_nothing(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in ("the", "the mask is live the dead", "mask", "is live is", "q")]
     answers = generate(model, tokenizer, prompts, GenerationConfig(max_new_tokens=8, batch_size=2))
-    assert answers == [greedy(model, tokenizer, prompt, 8) for prompt in prompts]
-    assert len(set(answers)) > 2
+    assert answers == dict(enumerate(greedy(model, tokenizer, prompt, 8) for prompt in prompts))
+    assert len(set(answers.values())) > 2
     assert model.training
 
 
@@ -45,7 +45,7 @@ def test_beam_search_finds_answers_at_least_as_likely(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in ("the mask", "live", "is the")]
     config = GenerationConfig(max_new_tokens=6, num_beams=4, length_penalty=0.8, no_repeat_ngram_size=2, batch_size=3)
     answers = generate(model, tokenizer, prompts, config)
-    assert answers == [generate(model, tokenizer, [prompt], config)[0] for prompt in prompts]
+    assert answers == {number: generate(model, tokenizer, [prompt], config)[0] for number, prompt in enumerate(prompts)}
     assert answers != generate(model, tokenizer, prompts, GenerationConfig(max_new_tokens=6))
 
 
@@ -55,7 +55,29 @@ def test_prompts_beyond_the_model_are_an_error(model, tokenizer):
 
 
 def test_no_prompts_no_answers(model, tokenizer):
-    assert generate(model, tokenizer, [], GenerationConfig(max_new_tokens=8)) == []
+    assert generate(model, tokenizer, [], GenerationConfig(max_new_tokens=8)) == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {"temperature": 1.5, "top_p": 0.9, "seed": 5}])
+def test_any_number_of_ranks_gives_the_same_answers(model, tokenizer, settings):
+    prompts = [tokenizer("the mask is live " * (1 + k % 5) + "q" * (k % 3))["input_ids"] for k in range(17)]
+    config = GenerationConfig(max_new_tokens=6, batch_size=3, **settings)
+    alone = generate(model, tokenizer, prompts, config)
+    assert sorted(alone) == list(range(17))
+    for ranks in (2, 3):
+        shares = [generate(model, tokenizer, prompts, config, rank, ranks) for rank in range(ranks)]
+        assert sum(map(len, shares)) == 17
+        assert {number: text for share in shares for number, text in share.items()} == alone
+
+
+def test_drawn_answers_are_those_of_the_seed(model, tokenizer):
+    prompts, state = [tokenizer("the mask")["input_ids"]] * 4, torch.get_rng_state()
+    drawn = [generate(model, tokenizer, prompts, GenerationConfig(max_new_tokens=8, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0].values())) > 1
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ConfigError, match=r"Expected num_beams 1 with a temperature\. Got 2"):
+        GenerationConfig.check({"temperature": 1.0, "num_beams": 2})
 
 
 def test_left_pad():

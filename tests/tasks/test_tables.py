@@ -3,8 +3,8 @@ import json
 import pytest
 
 from raysparse.config import Config, ConfigError
-from raysparse.tasks import AnyTask, Example, Pairs
-from raysparse.tasks.pairs import PairFiles, PairHub
+from raysparse.tasks import AnyTask, Example, Seq2seq
+from raysparse.tasks.tables import PairFiles, PairHub
 
 ROWS = [
     {"mr": "name[a]", "kind": "pub", "text": "A is a pub.", "all": ["one", "two"]},
@@ -23,7 +23,7 @@ def task(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**row, "split": split}) + "\n" for row in ROWS))
     files = PairFiles.check({split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")})
-    return Pairs(data=files, source="mr", target="text")
+    return Seq2seq(data=files, source="mr", target="text")
 
 
 def test_equal_sources_are_one_example_with_several_references(task):
@@ -38,7 +38,7 @@ def test_a_target_may_be_a_list(task):
 
 
 def test_a_source_may_be_a_template(task):
-    template = Pairs(data=task.data, source="{{{kind}}} {mr} of {split}:", target="text")
+    template = Seq2seq(data=task.data, source="{{{kind}}} {mr} of {split}:", target="text")
     assert [example.source for example in template.examples("validation")] == [
         "{pub} name[a] of validation:",
         "{bar} name[b] of validation:",
@@ -47,20 +47,20 @@ def test_a_source_may_be_a_template(task):
 
 
 def test_max_examples_counts_sources(task):
-    few = Pairs(data=task.data, source="mr", target="text", max_examples=1)
+    few = Seq2seq(data=task.data, source="mr", target="text", max_examples=1)
     assert [example.source for example in few.examples("train")] == ["name[a]"]
 
 
 def test_the_same_rows_as_a_hub_data_set(task, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    hub = Pairs(data=PairHub(name=str(tmp_path)), source="mr", target="text")
+    hub = Seq2seq(data=PairHub(name=str(tmp_path)), source="mr", target="text")
     assert hub.examples("validation") == task.examples("validation")
 
 
 def test_the_union_reads_plain_data(task):
-    values = {"type": "pairs", "data": {"type": "files", "train": "a.csv", "validation": ["b.csv"], "test": "c.csv"}}
+    values = {"type": "seq2seq", "data": {"type": "files", "train": "a.csv", "validation": ["b.csv"], "test": "c.csv"}}
     read = Holder.check({"task": values}).task
-    assert isinstance(read, Pairs)
+    assert isinstance(read, Seq2seq)
     assert read.data == PairFiles(train=("a.csv",), validation=("b.csv",), test=("c.csv",))
     assert Holder.check({"task": read.model_dump(mode="json")}).task == read
     assert Holder.check({"task": {"type": "docstrings"}}).task.primary == "rouge_l"
@@ -73,7 +73,7 @@ def test_the_union_reads_plain_data(task):
     [("{mr", r"a template with \{column\}\. Got '\{mr'"), ("{}", "plain column names"), ("{mr.x}", "plain"), ("{mr:>9}", "plain")],
 )
 def test_a_malformed_template_is_an_error(source, message):
-    values = {"type": "pairs", "data": {"type": "hub", "name": "x"}, "source": source}
+    values = {"type": "seq2seq", "data": {"type": "hub", "name": "x"}, "source": source}
     with pytest.raises(ConfigError, match=message):
         Holder.check({"task": values})
 
@@ -83,14 +83,18 @@ def test_a_malformed_template_is_an_error(source, message):
     [
         (['{"mr": "a", "text": "b"}', '{"mr": "a"}'], {}, r"column 'text' at .*\.jsonl:2\. Got the columns \['mr'\]"),
         (['{"mr": "a", "text": "b"}', '{"mr": null, "text": "b"}'], {}, r"Expected text in column 'mr' at .*\.jsonl:2\. Got None"),
-        (['{"mr": "a", "text": " "}'], {}, r"Expected a target in column 'text' at .*\.jsonl:1\. Got ' '"),
-        (['{"mr": "a", "text": []}'], {}, r"Expected a target in column 'text' at .*\.jsonl:1\. Got \[\]"),
+        (['{"mr": "a", "text": " "}'], {}, r"Expected a target, none of them empty, at .*\.jsonl:1\. Got \[' '\]"),
+        (['{"mr": "a", "text": []}'], {}, r"Expected a target, none of them empty, at .*\.jsonl:1\. Got \[\]"),
         (['{"mr": "a", "text": [null]}'], {}, r"Expected text in column 'text' at .*\.jsonl:1\. Got None"),
-        (['{"mr": "a", "text": "b"}'], {"source": "{mr} {other}"}, r"Expected a column 'other' at .*\.jsonl:1"),
+        (
+            ['{"mr": "a", "text": "b"}'],
+            {"source": "{mr} {other}"},
+            r"Expected the columns mr, other, text at .*\.jsonl\. Got the columns \['mr', 'text'\]",
+        ),
         ([], {}, r"Expected pairs in the train split\. Got no rows\. Check task\.data\.train"),
     ],
 )
 def test_errors_name_the_file_line_and_column(task, tmp_path, lines, fields, message):
     (tmp_path / "train.jsonl").write_text("".join(line + "\n" for line in lines))
     with pytest.raises(ConfigError, match=message):
-        Pairs(**{"data": task.data, "source": "mr", "target": "text"} | fields).examples("train")
+        Seq2seq(**{"data": task.data, "source": "mr", "target": "text"} | fields).examples("train")
