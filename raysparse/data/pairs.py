@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raysparse.config import ConfigError
 from raysparse.data.batch import IGNORED, Batch
-from raysparse.data.order import Ints, shuffled, spread
+from raysparse.data.order import Ints, permute, shuffled, spread
 from raysparse.tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -83,7 +83,11 @@ class PairRows:
 
 
 class PairFeed:
-    """Training pairs, all of them once an epoch, in an order keyed by (seed, epoch). Shapes do not depend on the world size."""
+    """Training pairs, all of them once an epoch, in an order keyed by (seed, epoch). Shapes do not depend on the world size.
+
+    Of every `window` batches the pairs are sorted by length, so that a batch holds pairs of similar length and little is padding; the
+    batches of a window come in an order keyed by (seed, window).
+    """
 
     def __init__(
         self,
@@ -93,9 +97,11 @@ class PairFeed:
         context: int,
         sequences: int,
         seed: int,
+        window: int = 1,
     ) -> None:
         self.rows = PairRows.encode(examples, tokenizer, task, context)
-        self.sequences, self.seed = sequences, seed
+        self.sequences, self.seed, self.window = sequences, seed, window
+        self._sorted: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,7 +110,13 @@ class PairFeed:
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """[len(rows), longest of the global batch, rounded up to a multiple of 8]; see `Feed`."""
-        whole = shuffled(step, range(self.sequences), self.sequences, len(self.rows), self.seed)
+        number, place = divmod(step, self.window)
+        if self._sorted[0] != number:
+            size = self.window * self.sequences
+            pairs = shuffled(number, range(size), size, len(self.rows), self.seed)
+            self._sorted = number, pairs[np.argsort(np.diff(self.rows.first)[pairs], kind="stable")] if self.window > 1 else pairs
+        batch = int(permute(np.array([place]), np.array([number]), self.window, self.seed)[0])
+        whole = self._sorted[1][batch * self.sequences : (batch + 1) * self.sequences]
         return self.rows.batch(whole[np.asarray(rows, dtype=np.int64)], whole)
 
 

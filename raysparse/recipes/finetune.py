@@ -40,6 +40,8 @@ class FinetuneConfig(training.TrainingRunConfig):
     task: AnyTask
     context: int = Field(256, ge=8)
     """Tokens of the longest prompt and answer together; longer prompts are cut and counted."""
+    window: int = Field(16, ge=1)
+    """Batches whose pairs are sorted by length together, so that pairs of similar length share a batch; 1 sorts nothing."""
     sparsity: HandOverConfig = HandOverConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
@@ -111,7 +113,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
     device, keep = resolve_device(config.run), config.sparsity.masks == "keep"
     size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
-    feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed)
+    feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed, config.window)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse}
     tokens_per_step = config.training.sequences * config.context
     agenda = Agenda(

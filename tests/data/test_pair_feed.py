@@ -121,3 +121,26 @@ def test_what_cannot_be_trained_on_is_an_error(tokenizer):
 
 def test_a_rank_without_examples_has_no_prompts(tokenizer):
     assert encode_prompts([], tokenizer, TASK, context=64, max_new_tokens=8) == []
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_a_window_is_sorted_by_length_and_every_pair_comes_once(tokenizer, window):
+    pairs, sequences = examples(15), 2  # 30 pairs of rising length: 15 batches an epoch, whole windows
+    sorted_feed, plain = (PairFeed(pairs, tokenizer, TASK, 64, sequences, 1, size) for size in (window, 1))
+    for epoch in range(2):
+        seen, expected, padded = [], [], 0
+        for step in range(15 * epoch, 15 * (epoch + 1)):
+            seen += [tuple(row) for row in rows_of(sorted_feed.batch(step, range(sequences)))]
+            expected += [tuple(row) for row in rows_of(plain.batch(step, range(sequences)))]
+            padded += sorted_feed.batch(step, range(sequences)).input_ids.numel()
+        assert sorted(seen) == sorted(expected)
+        assert (seen == expected) == (window == 1)
+        if window > 1:
+            assert padded < sum(plain.batch(step, range(sequences)).input_ids.numel() for step in range(15 * epoch, 15 * (epoch + 1)))
+    later = PairFeed(pairs, tokenizer, TASK, 64, sequences, 1, window).batch(17, [1])  # resumed, and of another rank
+    assert torch.equal(later.input_ids, sorted_feed.batch(17, range(sequences)).input_ids[1:])
+
+
+def rows_of(batch):
+    """Ids that are read or predicted, padding aside."""
+    return [ids[: int((labels != IGNORED).nonzero()[-1]) + 1].tolist() for ids, labels in zip(batch.input_ids, batch.labels, strict=True)]
