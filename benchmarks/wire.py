@@ -2,6 +2,7 @@
 
     python -m benchmarks.wire --rounds 3 --whole-model --out benchmarks/results     2 and 4 ranks, 1 to 10 Gbit/s; 15 minutes, as root
     python -m benchmarks.wire --ranks 2 --rates 1 0 --sparsities 0.75
+    python -m benchmarks.wire --layouts                                             what an update of the topology costs the exchange
 
 Each rank is a process in a network namespace of its own, which a virtual Ethernet cable joins to a bridge; ``tc`` shapes both ends of
 every cable to the rate. The model is a stack of GPT-2 blocks, at least 90 % of its weights sparse. Whole and packed buffers take turns
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import Ratio, table, write
 from benchmarks.step import Size, assemble
-from raysparse.train.exchange import Choice
+from raysparse.kernels.bits import pack, unpack
+from raysparse.train.exchange import Choice, Layout
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.shard import FSDP2, ShardingConfig
 
@@ -171,6 +173,22 @@ def _step(t: Any, index: int) -> dict[str, float]:
     return {key: max(other[key] for other in box) for key in row}
 
 
+def layouts(num_ranks: int, rounds: int = 5) -> float:
+    """Median seconds on a core to make the layouts of GPT-2 Small's 12 blocks at 75 % from the bits of the masks: once an update."""
+    torch.set_num_threads(1)
+    width, generator = 768, torch.Generator().manual_seed(0)
+    shapes = {"qkv": (3 * width, width), "out": (width, width), "up": (4 * width, width), "down": (width, 4 * width)}
+    bits = {name: pack(torch.rand(shape, generator=generator) < 0.25) for name, shape in shapes.items()}
+    biases = {f"bias of {name}": shape[:1] for name, shape in shapes.items()}
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(12):
+            Layout(shapes | biases, {name: unpack(packed, shapes[name][1]) for name, packed in bits.items()}, num_ranks)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
 def _bytes_out() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
@@ -257,12 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=STACK.layers)
     parser.add_argument("--whole-model", action="store_true", help="also GPT-2 Small, vocabulary and all, 2 ranks unshaped at 75 %%")
+    parser.add_argument("--layouts", action="store_true", help="only the seconds to make the layouts of GPT-2 Small, of --ranks")
     parser.add_argument("--out", type=Path, help="folder for wire_<hardware>_<date>.{json,md}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     size = replace(STACK, layers=args.layers)
     if args.worker:
         worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size)
+        return 0
+    if args.layouts:
+        print(table(["ranks", "seconds to make the layouts"], [[ranks, f"{layouts(ranks):.2f}"] for ranks in args.ranks]))
         return 0
     words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds), "--layers", str(args.layers)]
     links, rows = [Link(ranks, gbit) for ranks in args.ranks for gbit in args.rates], []

@@ -46,6 +46,11 @@ def test_a_link_is_predicted_from_the_unshaped_one():
     assert wire.predicted(fast, [slow, fast]) == wire.predicted(slow, [slow]) == []
 
 
+def test_layouts_are_made_in_seconds(capsys):
+    assert wire.main(["--layouts", "--ranks", "2"]) == 0
+    assert 0 < float(capsys.readouterr().out.splitlines()[-2].split("|")[2]) < 60
+
+
 def test_a_rank_that_fails_takes_the_others_with_it(monkeypatch):
     """No cables here: the ranks are programs, of which one fails at once and the other would sleep for an hour."""
     programs = iter([["sleep", "3600"], ["false"]])
