@@ -12,6 +12,7 @@ raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, 
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
+raysparse analyze   overlap runs/rigl runs/set                  tables and pictures of models, topologies and runs
 raysparse doctor                                                which kernels run on this machine, right and how fast
 """
 
@@ -57,6 +58,25 @@ examples:
   raysparse masks --diff runs/mst/checkpoints/step_00001000 runs/mst""",
 )
 """Short and long help of `raysparse masks`."""
+
+
+ANALYZE_HELP = (
+    "tables and pictures of models, topologies and finished runs",
+    """distance PRETRAINED FINETUNED [...]  what fine-tuning moved: 1 - cos of each weight before and after, by layer and module
+weights MODEL                        nnz, density and magnitudes of the live weights of every matrix
+overlap A B                          weights that two topologies share, beside what chance would give
+finetuning RUN [...]                 sparse models fine-tuned with masks lifted and kept, against the dense model
+difficulty RUN [...]                 what sparsity costs each task, by sparsity and model size
+
+A MODEL is a finished run or a folder in Hugging Face format; a topology also a checkpoint or a masks file; a RUN is the folder of a
+finished run, its pre-training run beside it. Names are also looked for in runs/. Prints a table; writes WHAT.json, WHAT.md and
+WHAT.svg into --out.
+
+examples:
+  raysparse analyze distance runs/dense runs/dense-dart runs/sparse runs/sparse-dart
+  raysparse analyze finetuning runs/quickstart-* --out analysis --json""",
+)
+"""Short and long help of `raysparse analyze`."""
 
 
 DOCTOR_HELP = (
@@ -122,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _doctor(args)
         if args.verb == "score":
             return _score(args)
+        if args.verb == "analyze":
+            return _analyze(args)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
@@ -246,6 +268,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if facts["well"] else 1
 
 
+def _analyze(args: argparse.Namespace) -> int:
+    from raysparse.recipes import analyze
+
+    found = analyze.analyze(args.what, args.words)
+    files = found.write(Path(args.out))
+    print(json.dumps(found.facts, indent=1) if args.json else found.terminal())
+    print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from raysparse.recipes import score
 
@@ -315,6 +347,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verbs.add_parser("masks", help=MASKS_HELP[0], description=f"{MASKS_HELP[0]}.\n\n{MASKS_HELP[1]}", formatter_class=form)
     sub.add_argument("words", nargs="+", metavar="PATH", help="a run (folder, or name below runs/), checkpoint, exported model, masks file")
     sub.add_argument("--diff", action="store_true", help="compare two: how many weights live in A alone, in B alone, in both")
+    sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    sub = verbs.add_parser("analyze", help=ANALYZE_HELP[0], description=f"{ANALYZE_HELP[0]}.\n\n{ANALYZE_HELP[1]}", formatter_class=form)
+    sub.add_argument("what", choices=["distance", "weights", "overlap", "finetuning", "difficulty"], metavar="WHAT", help="see above")
+    sub.add_argument("words", nargs="+", metavar="PATH", help="models, topologies or runs")
+    sub.add_argument("--out", default="analysis", metavar="FOLDER", help="where the files are written (default: analysis)")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     sub = verbs.add_parser("doctor", help=DOCTOR_HELP[0], description=f"{DOCTOR_HELP[0]}.\n\n{DOCTOR_HELP[1]}", formatter_class=form)
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")

@@ -97,11 +97,11 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
         nnz_of_bits({name: operation(one[name], two[name]) for name in one})
         for operation in (torch.bitwise_and, lambda x, y: x & ~y, lambda x, y: y & ~x)
     )
-    layers = [{"name": name, **_overlap(only_a[name], only_b[name], both[name])} for name in one]
+    layers = [{"name": name, **overlap(only_a[name], only_b[name], both[name])} for name in one]
     return {
         "a": str(places[0]),
         "b": str(places[1]),
-        **_overlap(*(sum(counts.values()) for counts in (only_a, only_b, both))),
+        **overlap(*(sum(counts.values()) for counts in (only_a, only_b, both))),
         "layers": layers,
     }
 
@@ -189,7 +189,8 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _overlap(only_a: int, only_b: int, both: int) -> dict[str, Any]:
+def overlap(only_a: int, only_b: int, both: int) -> dict[str, Any]:
+    """These counts, and the Jaccard index: both / any."""
     union = only_a + only_b + both
     return {"only_a": only_a, "only_b": only_b, "both": both, "jaccard": both / union if union else 1.0}
 

@@ -68,6 +68,19 @@ def cosine_distances(before: str | Path, after: str | Path) -> dict[str, float]:
     return dict(sorted(distances.items(), key=lambda item: _place(item[0])))
 
 
+def block_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(layer and name, ``0.WQ``, the matrix) of every block-linear weight of a Hugging Face folder, one at a time."""
+    with ExitStack() as stack:
+        files = _open(Path(folder), stack)
+        names = [name for name in files if _BLOCK.match(name) and len(files[name].get_slice(name).get_shape()) == 2]
+        if not names:
+            raise ConfigError(f"Expected weights of numbered blocks in {folder}. Got none. Name an exported folder.")
+        for name in sorted(names, key=lambda name: (int(_BLOCK.match(name)["layer"]), name)):  # pyrefly: ignore
+            weight = files[name].get_tensor(name)
+            for part, values, _ in _parts(name, weight, weight):
+                yield part, values
+
+
 def heat_map(distances: Mapping[str, float]) -> HeatMap:
     """The arrangement [module x layer] of SPDF's figure: `MODULES` first, then what else there is by name."""
     layers = sorted({_place(name)[0] for name in distances})

@@ -58,12 +58,12 @@ class Table:
     """The blocks of a comparison and the sentence on wall-clock time, in three renderings."""
 
     blocks: tuple[Block, ...]
-    time: str
+    time: str = ""
 
     def terminal(self) -> str:
         """Plain text, at most `WIDTH` columns; a wide block goes on below with its first column repeated."""
         parts = ["\n\n".join([_wrapped(block.title), *_stacked(block), *map(_wrapped, block.notes)]) for block in self.blocks]
-        return "\n\n".join([*parts, _wrapped(self.time)]) + "\n"
+        return "\n\n".join([*parts, *[_wrapped(self.time)] * bool(self.time)]) + "\n"
 
     def markdown(self) -> str:
         """GitHub Markdown."""
@@ -73,7 +73,7 @@ class Table:
             lines.insert(1, ["---", *["---:"] * (len(block.columns) - 1)])
             parts.append(f"### {_escaped(block.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
             parts += map(_escaped, block.notes)
-        return "\n\n".join([*parts, _escaped(self.time)]) + "\n"
+        return "\n\n".join([*parts, *[_escaped(self.time)] * bool(self.time)]) + "\n"
 
     def html(self) -> str:
         """A fragment: the figures of the blocks, then a paragraph."""
