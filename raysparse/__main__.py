@@ -5,6 +5,7 @@ raysparse pretrain  configs/debug.yaml --local                  train in this pr
 raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RAY_ADDRESS, else a local one)
 raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
+raysparse zeroshot  configs/zeroshot/lambada.yaml model.path=runs/quickstart    without training: perplexity, LAMBADA, choices
 raysparse score     --task e2e --outputs FILE --references FILE any system's outputs, by the task's official scores
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
@@ -36,6 +37,9 @@ HELP = {
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
     "evaluate": ("score a model on a task", "Every worker answers its share of the examples; predictions.jsonl keeps the answers."),
+    "zeroshot": ("ask a model what it was not trained for", "Perplexity of a text, the last word of a passage (LAMBADA), multiple choice, "
+                 "classification by a prompt with or without solved examples. Scores are those of EleutherAI's lm-evaluation-harness "
+                 "(docs/zeroshot.md); predictions.jsonl keeps the log-probabilities."),
     "export": ("turn a run's checkpoint into a Hugging Face folder, or a packed one", "run=FOLDER to=FOLDER [step=N]. Zeros are kept; "
                "AutoModelForCausalLM.from_pretrained loads the result. format=packed dtype=float32|bfloat16|int8 stores live weights "
                "alone, for raysparse generate; then run=FOLDER may also be a model in Hugging Face format."),
@@ -119,6 +123,7 @@ EXAMPLES = {
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
     "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
     "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
+    "zeroshot": "configs/zeroshot/lambada.yaml model.path=runs/tiny task.files=data/lambada.jsonl",
     "export": "run=runs/tiny to=models/tiny",
     "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",

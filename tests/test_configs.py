@@ -13,7 +13,8 @@ from raysparse.recipes.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-VERBS = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "evaluate", "compare": "compare", "configs": "pretrain"}
+KINDS = ("pretrain", "finetune", "evaluate", "zeroshot", "compare")
+VERBS = dict(zip(KINDS, KINDS, strict=True)) | {"configs": "pretrain"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

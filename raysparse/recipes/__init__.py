@@ -3,16 +3,17 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain
+from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain, zeroshot
 from raysparse.recipes.job import Job
 
-MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
 """Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
 
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": pretrain.PretrainConfig,
     "finetune": finetune.FinetuneConfig,
     "evaluate": evaluate.EvaluateConfig,
+    "zeroshot": zeroshot.ZeroshotConfig,
     "export": export.ExportConfig,
     "generate": generate.GenerateConfig,
     "compare": compare.CompareConfig,
@@ -35,6 +36,13 @@ def text(summary: dict[str, Any], job: Job) -> str:
             f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by {summary['workers']} workers",
             f"model             {job.path / 'export'}",
         ]
+    if "zeroshot" in summary:
+        told = summary["zeroshot"]
+        for name in [name for name in told["scores"] if not name.endswith("_stderr")]:
+            error = told["scores"].get(f"{name}_stderr")
+            lines.append(f"{name:<17} {told['scores'][name]:.4f}{'' if error is None else f' ± {error:.4f}'}")
+        cut = f", {told['num_truncated']:,} of them cut at their start" if told["num_truncated"] else ""
+        lines.append(f"examples          {told['num_examples']:,}{cut}")
     if "task" in summary:
         task = summary["task"]
         for name, value in task["scores"].items():
