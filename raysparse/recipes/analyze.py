@@ -11,7 +11,7 @@ from raysparse.config import ConfigError
 from raysparse.recipes import masks
 from raysparse.recipes.evaluate import model_folder
 from raysparse.report import Run, dense_twin, parent_of, percent, read_run
-from raysparse.report.analysis import Analysis, lines_by_sparsity, magnitude_bands, overlap_bars
+from raysparse.report.analysis import Analysis, layer_label, lines_by_sparsity, magnitude_bands, overlap_bars
 from raysparse.report.difference import loss_difference, task_difference
 from raysparse.report.distance import block_weights, cosine_distances
 from raysparse.report.plots import distance_maps
@@ -79,7 +79,7 @@ def overlap(a: str, b: str) -> Analysis:
     cells: list[tuple[str, ...]] = []
     for row in [*layers, whole]:
         counts = (row["only_a"] + row["both"], row["only_b"] + row["both"], row["both"], round(row["expected"]))
-        cells.append((row["name"], *(f"{count:,}" for count in counts), f"{row['jaccard']:.4f}", f"{row['chance']:.4f}"))
+        cells.append((layer_label(row["name"]), *(f"{count:,}" for count in counts), f"{row['jaccard']:.4f}", f"{row['chance']:.4f}"))
     notes = (f"A: {found['a']}. B: {found['b']}. By chance: two random topologies of as many live weights a layer, in expectation.",)
     facts = {"what": "overlap", "a": found["a"], "b": found["b"], "all": whole, "layers": layers}
     return Analysis("overlap", facts, Block("Overlap of two topologies", columns, tuple(cells), notes), overlap_bars(layers))

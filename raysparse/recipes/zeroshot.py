@@ -3,9 +3,11 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import Field
 
@@ -16,7 +18,7 @@ from raysparse.recipes.environment import write_environment
 from raysparse.recipes.evaluate import PREDICTIONS, load_tokenizer, model_folder, weights_digest
 from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
 from raysparse.recipes.training import finish, header
-from raysparse.tasks.likelihood import likelihoods, merged, of_pair, of_text
+from raysparse.tasks.likelihood import Window, likelihoods, merged, of_pair, of_text
 from raysparse.tasks.zeroshot import AnyProbe, Item, Text
 from raysparse.train.run import Run, RunConfig, resolve_device
 
@@ -42,10 +44,13 @@ def check(config: ZeroshotConfig) -> dict[str, Any]:
     folder = model_folder(config.model.path)
     if packed.is_packed(folder):
         raise ConfigError(f"Expected a model in Hugging Face format at {folder}. Got a packed one. Name the model that it was packed from.")
-    architecture(ModelConfig(path=folder), len(load_tokenizer(folder)), config.context)
+    tokenizer = load_tokenizer(folder)
+    architecture(ModelConfig(path=folder), len(tokenizer), config.context)
     if isinstance(config.task, Text) and config.task.stride is not None and config.task.stride > config.context:
         raise ConfigError(f"Expected task.stride within the context of {config.context}. Got {config.task.stride}. Lower it.")
-    text = json.dumps([[item.pairs, item.gold] for item in config.task.items()])
+    items = config.task.items()
+    _requests(config, items, tokenizer)
+    text = json.dumps([[item.pairs, item.gold] for item in items])
     file = Path(config.cache_dir).expanduser().absolute() / "examples" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +82,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.prepared["model"])
     model: Any = build(ModelConfig(path=job.prepared["model"]), 0, len(tokenizer), config.context).eval()
     model.to(device)
-    pairs = [pair for item in items for pair in item.pairs]
-    if isinstance(task, Text):
-        requests = [of_text(text, tokenizer, config.context, task.stride or config.context) for _, text in pairs]
-    else:
-        requests = [of_pair(*pair, tokenizer, config.context) for pair in pairs]
-    forward = lambda ids: model(input_ids=ids).logits  # noqa: E731
+    requests = _requests(config, items, tokenizer)
+    forward = lambda ids: model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # noqa: E731
     mine = likelihoods(forward, requests, model.device, config.batch_size, run.rank, run.world_size, run.rank == 0)
     parts: list[Any] = [None] * run.world_size
     dist.all_gather_object(parts, mine)
@@ -104,3 +105,10 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     }
     summary = header(job, config, run) | {"model": {"path": job.prepared["model"]}, "zeroshot": told}
     return finish(job, run, summary | {"seconds": time.perf_counter() - began})
+
+
+def _requests(config: ZeroshotConfig, items: Sequence[Item], tokenizer: Any) -> list[tuple[list[Window], int]]:
+    pairs, task = [pair for item in items for pair in item.pairs], config.task
+    if isinstance(task, Text):
+        return [of_text(text, tokenizer, config.context, task.stride or config.context) for _, text in pairs]
+    return [of_pair(*pair, tokenizer, config.context) for pair in pairs]

@@ -74,10 +74,15 @@ def overlap_bars(layers: Sequence[Mapping[str, Any]]) -> str:
         places = range(len(layers))
         axes.barh(places, [layer["jaccard"] for layer in layers], **fill(0), height=0.7, label="Jaccard index")
         axes.plot([layer["chance"] for layer in layers], places, linestyle="", **dots(1), label="two random topologies of this density")
-        axes.set_yticks(places, [short(layer["name"].removesuffix(".weight"), 30) for layer in layers], fontsize=7)
+        axes.set_yticks(places, [layer_label(layer["name"]) for layer in layers], fontsize=7)
         axes.set(xlim=(0, 1.02), ylim=(len(layers) - 0.5, -0.5), xlabel="live in both / live in any")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
         return svg(figure, "Overlap of two topologies, layer by layer")
+
+
+def layer_label(name: str) -> str:
+    """``transformer.h.0.mlp.c_fc.weight`` -> ``h.0.mlp.c_fc``."""
+    return short(name.removesuffix(".weight").removeprefix("transformer.").removeprefix("model."), 30)
 
 
 def lines_by_sparsity(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], unit: Mapping[str, str], label: str) -> str:

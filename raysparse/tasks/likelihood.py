@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysparse.config import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -39,17 +41,23 @@ class Window:
 def of_pair(context: str, continuation: str, tokenizer: "PreTrainedTokenizerFast", length: int) -> tuple[list[Window], int]:
     """The window of a context and what follows it, and how many of its first tokens are cut.
 
-    As EleutherAI's lm-evaluation-harness: both texts are encoded together, spaces at the end of the context belong to the continuation,
+    As EleutherAI's lm-evaluation-harness: both texts are encoded together, white space at the end of the context belongs to what follows,
     an empty context is the end of text, and what is too long loses its start.
 
     Args:
         length: tokens that the model reads at most.
+
+    Raises:
+        ConfigError: a continuation that is longer.
     """
-    stripped = context.rstrip(" ")
+    stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
     start = _encode(tokenizer, context)
     whole = _encode(tokenizer, context + continuation)
     start, end = (start, whole[len(start) :]) if start else ([tokenizer.eos_token_id], whole)
+    if len(end) > length:
+        got = f"{len(end)}: {continuation!r:.60}"
+        raise ConfigError(f"Expected a continuation within the context of {length} tokens. Got {got}. Raise the context or drop it.")
     ids = [*start, *end]
     cut = max(0, len(ids) - length - 1)
     return [Window(tuple(ids[cut:]), len(end))], cut

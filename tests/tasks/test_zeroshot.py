@@ -43,22 +43,27 @@ def compute(model, requests, batch_size=3, ranks=1):
     return list(merged(parts, len(requests)))
 
 
-PAIRS = [("the mask", " is live"), ("", "live"), ("the mask is ", "live the"), ("is " * 30, "mask"), ("live", " the mask is live the")]
+PAIRS = [("the mask", " is live"), ("", "live"), ("the mask is \n", "live the"), ("is " * 30, "mask"), ("live", " the mask is live the")]
 
 
 def test_likelihoods_are_those_of_one_token_at_a_time(model, tokenizer):
     requests = [of_pair(*pair, tokenizer, 24) for pair in PAIRS]
     found = compute(model, requests)
     for (context, continuation), (windows, cut), one in zip(PAIRS, requests, found, strict=True):
-        whole = tokenizer(context.rstrip() + " " * (len(context) - len(context.rstrip())) + continuation)["input_ids"]
+        whole = tokenizer(context + continuation)["input_ids"]
         ids = (whole if context else [tokenizer.eos_token_id, *whole])[-25:]
         assert list(windows[0].ids) == ids
         assert one.cut == cut == max(0, len(whole) - 25)
         total, greedy = plain(model, ids, windows[0].predicted)
         assert one.logprob == pytest.approx(total, abs=1e-4)
         assert one.greedy == greedy
-    assert requests[2][0][0].predicted == len(tokenizer(" live the")["input_ids"])  # the space at the end belongs to what follows
+    assert requests[2][0][0].predicted == len(tokenizer(" \nlive the")["input_ids"])  # the space at the end belongs to what follows
     assert found[3].cut > 0
+
+
+def test_a_continuation_that_does_not_fit_is_named(tokenizer):
+    with pytest.raises(ConfigError, match=r"Expected a continuation within the context of 8 tokens\. Got \d+: ' dead dead"):
+        of_pair("live", " dead" * 9, tokenizer, 8)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (40, 40), (3, 1)])
