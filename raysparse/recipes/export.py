@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raysparse.config import Config, ConfigError
 from raysparse.models import packed
+from raysparse.models.adapters import AdaptersConfig, merge
 from raysparse.models.export import check_target, write_folder
 from raysparse.recipes.job import runs_in
 from raysparse.train import checkpoint
@@ -89,7 +90,8 @@ def _export(config: ExportConfig, path: Path, facts: Mapping[str, Any], target: 
 
     if config.step == 0 and facts["patience"] and (best := path.with_name(f"step_{_best_step(path):08d}")).exists():
         path = best  # what an early-stopped run went back to
-    weights, masks = checkpoint.read_weights(path), checkpoint.read_masks(path)
+    adapters = AdaptersConfig.check(facts.get("adapters", {}))
+    weights, masks = merge(checkpoint.read_weights(path), adapters), checkpoint.read_masks(path)
     hf_config = AutoConfig.for_model(**facts["hf_config"])
     step = int(path.name.removeprefix("step_"))
     write_model(target, weights, masks, hf_config, facts["tokenizer"], {"run": Path(config.run).name, "step": step})

@@ -12,7 +12,8 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.kernels.bits import unpack
-from raysparse.models.build import architecture, block_linears, build
+from raysparse.models.adapters import AdaptersConfig, install
+from raysparse.models.build import architecture, block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
 from raysparse.recipes.job import Job, check_folder, open_job
@@ -43,6 +44,7 @@ class FinetuneConfig(training.TrainingRunConfig):
     window: int = Field(16, ge=1)
     """Batches whose pairs are sorted by length together, so that pairs of similar length share a batch; 1 sorts nothing."""
     sparsity: HandOverConfig = HandOverConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     flops: FlopsConfig = FlopsConfig()
@@ -82,12 +84,31 @@ def _check_model(config: FinetuneConfig) -> None:
     """A model folder that fits the task, with masks if they are to be kept."""
     assert config.model.path is not None
     folder = Path(config.model.path)
-    architecture(config.model, len(evaluate.load_tokenizer(folder)), config.context)
+    vocabulary = len(evaluate.load_tokenizer(folder))
+    architecture(config.model, vocabulary, config.context)
     if config.sparsity.masks == "keep" and not (folder / MASKS).exists():
         raise ConfigError(
             f"Expected {MASKS} in {folder} for sparsity.masks=keep. Got none: the model is dense, or not from raysparse. "
             "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
         )
+    if config.adapters.type != "none":
+        _check_adapters(config)
+        sparse = _keys(folder / MASKS) if config.sparsity.masks == "keep" else ()
+        install(skeleton(config.model, vocabulary, config.context), config.adapters, sparse, config.run.seed)
+
+
+def _check_adapters(config: FinetuneConfig) -> None:
+    if not config.adapters.is_low_rank:
+        return
+    for key, got, wanted in (
+        ("sparsity.masks", config.sparsity.masks, ("keep",)),
+        ("kernels", config.kernels, ("auto", "dense")),
+        ("sharding.type", config.sharding.type, ("fsdp2", "none")),
+    ):
+        if got not in wanted:
+            raise ConfigError(
+                f"Expected {key}={' or '.join(wanted)} with adapters.type={config.adapters.type}. Got {got}. Set it, or adapters.type=none."
+            )
 
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
@@ -112,6 +133,10 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     model = build(config.model, config.run.seed, len(tokenizer), config.context)
     sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
     device, keep = resolve_device(config.run), config.sparsity.masks == "keep"
+    if config.adapters.type != "none":
+        install(model, config.adapters, sparse if config.sparsity.masks == "keep" else (), config.run.seed)
+    if config.adapters.is_low_rank:
+        config = config.model_copy(update={"kernels": "dense"})  # the product is with W and its adapter together
     size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
     feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed, config.window)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse}
@@ -142,7 +167,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
         "data": {key: job.prepared[key] for key in ("num_pairs", "num_truncated", "num_truncated_targets")},
     }
-    summary = training.carry_out(job, config, run, parts, facts, str(folder))
+    summary = training.carry_out(job, config, run, parts, facts, str(folder), config.adapters)
     scores = evaluate.score_model(
         job.path / "export",
         job.path,

@@ -17,6 +17,7 @@ from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
 from raysparse.kernels.bits import pack
+from raysparse.models.adapters import AdaptersConfig, is_adapter, merge
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
 from raysparse.recipes.environment import versions, write_environment
@@ -208,14 +209,22 @@ def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention
 
 
 def carry_out(
-    job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients, facts: Mapping[str, Any], tokenizer: str
+    job: Job,
+    config: TrainingRunConfig,
+    run: Run,
+    parts: Ingredients,
+    facts: Mapping[str, Any],
+    tokenizer: str,
+    adapters: AdaptersConfig | None = None,
 ) -> dict[str, Any]:
     """Train to the end and write the model in Hugging Face format; returns the summary (see `finish`). Every rank calls this.
 
     Args:
         facts: what the recipe adds to the summary.
         tokenizer: folder of the tokenizer that goes with the model.
+        adapters: of the model, to be merged into what is exported.
     """
+    adapters = adapters or AdaptersConfig()
     forget_peak_memory()
     if run.rank == 0:
         write_environment(job.path, config.run)
@@ -223,6 +232,7 @@ def carry_out(
             "hf_config": parts.model.config.to_dict(),
             "tokenizer": tokenizer,
             "patience": config.training.patience,
+            "adapters": adapters.model_dump(mode="json"),
         }
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
@@ -234,7 +244,7 @@ def carry_out(
     weights, masks = gather(t)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
-        write_model(job.path / "export", weights, masks, parts.model.config, tokenizer, summary)
+        write_model(job.path / "export", merge(weights, adapters), masks, parts.model.config, tokenizer, summary)
     dist.barrier()
     return summary
 
@@ -251,7 +261,8 @@ def summarize(
     job: Job, config: TrainingRunConfig, t: Training, state: State, sparse: Mapping[str, Shape], target: float | None
 ) -> dict[str, Any]:
     """The facts of a finished run, documented key by key in docs/summary.md; every rank calls this."""
-    parameters = sum(prod(part.shape) for part in t.sharded.parts.values())
+    parameters = sum(prod(part.shape) for name, part in t.sharded.parts.items() if not is_adapter(name))
+    trained = sum(prod(part.shape) for part in t.sharded.parts.values() if part.local.requires_grad)
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
@@ -262,7 +273,7 @@ def summarize(
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     peak, sent, dense_sent, wire_seconds, *sizes = largest.tolist()
     return header(job, config, t.run) | {
-        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters},
+        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters, "trained": trained},
         "loss": state.losses
         | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step if t.config.patience else state.step},
         "sparsity": {

@@ -156,11 +156,15 @@ class Checkpointer:
         stored = stored_shapes(path)
         found: dict[str, Any] = {key: "live weights" if key.count("/") == 2 else shape for key, shape in stored.items()}
         found = {"/".join(key.split("/")[:2]): shape for key, shape in found.items() if not key.startswith("rows/")}
-        expected: dict[str, Any] = {f"{kind}/{name}": part.shape for kind in KINDS for name, part in self._sharded.parts.items()}
+        parts = self._sharded.parts
+        trained = {name for name, part in parts.items() if part.local.requires_grad}
+        expected: dict[str, Any] = {f"model/{name}": part.shape for name, part in parts.items()}
+        expected |= {f"{kind}/{name}": part.shape for kind in MOMENTS for name, part in parts.items() if name in trained}
         if self._topology is not None:
             packed = {name: (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
             expected |= {f"{kind}/{name}": size for kind in self._kinds for name, size in packed.items()}
-            expected |= {f"{kind}/{name}": "live weights" for kind in self._live for name in self._topology.shapes}
+            live = [(kind, name) for kind in self._live for name in self._topology.shapes if kind == "model" or name in trained]
+            expected |= {f"{kind}/{name}": "live weights" for kind, name in live}
         wrong = [key for key in [*expected, *sorted(found.keys() - expected.keys())] if found.get(key) != expected.get(key)]
         if wrong:
             shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])

@@ -93,8 +93,9 @@ def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool, top
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if implementation != "native":
         common |= {"fused": implementation in ("fused", "triton"), "foreach": implementation == "foreach"}
-    decayed = [part.local for part in parts if len(part.shape) > 1]
-    plain = [part.local for part in parts if len(part.shape) <= 1]
+    trained = [part for part in parts if part.local.requires_grad]
+    decayed = [part.local for part in trained if len(part.shape) > 1]
+    plain = [part.local for part in trained if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     ours = {"native": adamw.AdamW, "triton": adamw.TritonAdamW}
     kind = ours.get(implementation, AdamW if topology is None else adamw.TorchAdamW)

@@ -14,6 +14,7 @@ import torch
 
 from raysparse.data.batch import Batch
 from raysparse.kernels.bits import pack, unpack
+from raysparse.models.adapters import AdaptersConfig, install
 from raysparse.models.build import build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
@@ -63,7 +64,9 @@ def config(**sections: Any) -> training.TrainingRunConfig:
 
 
 def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> tuple[Training, State]:
-    """The product's assembly on this rank; goes on from the newest checkpoint in the folder."""
+    """The product's assembly on this rank; goes on from the newest checkpoint in the folder. `sections` may hold ``adapters`` too."""
+    sections = dict(sections)
+    adapters = AdaptersConfig.check(sections.pop("adapters", {}))
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
@@ -76,6 +79,9 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         tokens_per_step=settings.training.sequences * CONTEXT,
         seed=settings.run.seed,
     )
+
+    if adapters.type != "none":
+        install(model, adapters, agenda.shapes, settings.run.seed)
 
     def topology(sharded: Any) -> Topology:
         rows = {name: sharded.parts[name].rows for name in agenda.shapes}
