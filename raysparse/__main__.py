@@ -35,7 +35,8 @@ HELP = {
                  "workers. The same command again goes on from the last checkpoint. The run folder ends with summary.json and export/, "
                  "a Hugging Face model."),
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
-                 "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead."),
+                 "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead. --grid runs every combination of the config's grid "
+                 "and scores the one that is best on the validation split."),
     "evaluate": ("score a model on a task", "Every worker answers its share of the examples; predictions.jsonl keeps the answers."),
     "zeroshot": ("ask a model what it was not trained for", "Perplexity of a text, the last word of a passage (LAMBADA), multiple choice, "
                  "classification by a prompt with or without solved examples. Scores are those of EleutherAI's lm-evaluation-harness "
@@ -201,6 +202,8 @@ def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _train(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from raysparse import recipes
 
+    if getattr(args, "grid", False):
+        return _grid(config, args)
     recipe = recipes.MODULES[args.verb]
     if args.dry_run:
         facts = recipe.dry_run(config)
@@ -208,6 +211,14 @@ def _train(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     job = recipe.open_run(config)
     (summary,) = carry_out([job], config.run, args.local)
     return summary, recipes.text(summary, job)
+
+
+def _grid(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import grid
+
+    if args.dry_run:
+        return grid.dry_run(config), f"{config.to_yaml()}\nAll points of the grid are sound. Nothing was started."
+    return grid.grid(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
 def _export(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -345,6 +356,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout; all else goes to stderr")
         sub.add_argument("--keys", action="store_true", help="explain every key of the config and stop")
         sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, start nothing")
+        if verb == "finetune":
+            sub.add_argument("--grid", action="store_true", help="run every combination of `grid`, score the best on validation")
         if verb == "export":
             sub.add_argument("--format", choices=["huggingface", "packed"], help="the same as format=...")
         if verb not in ("plan", "export", "generate"):

@@ -48,6 +48,8 @@ class FinetuneConfig(training.TrainingRunConfig):
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     flops: FlopsConfig = FlopsConfig()
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Dotted keys -> values, of which ``--grid`` runs every combination: ``{optimizer.lr: [1e-4, 5e-5]}``; else nothing reads this."""
     cache_dir: str = "~/.cache/raysparse"
     """Where the examples are kept for the workers; with several nodes, on storage they all share."""
 
