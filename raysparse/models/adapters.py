@@ -2,16 +2,17 @@
 
 An adapter changes the weight W of a linear layer by two small matrices, A [rank, in] and B [out, rank]; W itself is frozen:
 
-    mask_lora:   W + (alpha / rank) (B A) * (W != 0)
-    scale_lora:  W * (B A)
+    mask_lora:   W + (alpha / rank) (B A) * (W != 0)        MaskLoRA: masked in training too, not only when it is merged
+    scale_lora:  W + (alpha / rank) (B A) * W               after ScaleLoRA, W * (B A)
 
-Both leave every zero a zero, in training and merged, and both begin as W.
+Both leave every zero a zero, in training and merged, and both begin as W: A is drawn, B is 0. The paper's code begins ScaleLoRA with all
+elements of A and B at 1 / sqrt(rank); then all columns of B, and rows of A, have equal gradients and stay equal, and the product keeps rank 1.
 """
 
 import math
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,13 @@ class AdaptersConfig(Config):
     rank: int = Field(16, ge=1)
     """Of the adapters."""
     alpha: float = Field(32.0, gt=0)
-    """mask_lora adds alpha / rank times the product."""
+    """The product counts alpha / rank times."""
     train: tuple[str, ...] = ("*.bias", "*.ln_*", "*norm*")
     """Glob patterns of parameters that train besides the adapters; all others are frozen."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
     @property
     def is_low_rank(self) -> bool:
@@ -50,22 +55,46 @@ class AdaptedLinear(nn.Linear):
     adapters: AdaptersConfig
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, merged(self.weight, self.adapter_a, self.adapter_b, self.adapters), self.bias)
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        return cast(Tensor, _Product.apply(input.to(dtype), self.weight, self.bias, self.adapter_a, self.adapter_b, self.adapters))
+
+
+class _Product(torch.autograd.Function):
+    """``x W'^T + bias``, W' being the merged weight. The backward pass forms it anew, so nothing of a weight's size is kept till then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, config: AdaptersConfig) -> Tensor:  # pyrefly: ignore[bad-override]
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.config = config
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, merged(weight, a, b, config).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        x, weight, a, b = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx = dy @ merged(weight, a, b, ctx.config).to(dy.dtype) if ctx.needs_input_grad[0] else None
+            rows = dy.flatten(0, -2)
+            product = (rows.t() @ x.flatten(0, -2)).to(weight.dtype).mul_(_pattern(weight, ctx.config)).mul_(ctx.config.scale)
+            return dx, None, rows.sum(0) if ctx.needs_input_grad[2] else None, b.t() @ product, product @ a.t(), None
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, config: AdaptersConfig) -> Tensor:
     """The weight [out, in] that an adapted layer multiplies by."""
-    product = b @ a
-    if config.type == "scale_lora":
-        return weight * product
-    return weight + (config.alpha / config.rank) * (product * (weight != 0))
+    return weight + config.scale * (b @ a) * _pattern(weight, config)
+
+
+def _pattern(weight: Tensor, config: AdaptersConfig) -> Tensor:
+    """What the product of the adapter is multiplied by, element by element."""
+    return weight if config.type == "scale_lora" else weight != 0
 
 
 def install(model: nn.Module, config: AdaptersConfig, sparse: Collection[str], seed: int) -> None:
     """Freeze what does not train, and give the layers of the sparse weights their adapters.
 
-    A of mask_lora is drawn as LoRA draws it, uniform within 1 / sqrt(in), keyed by (seed, weight), and B is 0; the elements of both of
-    scale_lora are 1 / sqrt(rank).
+    A is drawn as LoRA draws it, uniform within 1 / sqrt(in), keyed by (seed, weight); B is 0.
 
     Args:
         sparse: names of the sparse weights.
@@ -87,11 +116,8 @@ def install(model: nn.Module, config: AdaptersConfig, sparse: Collection[str], s
             module.__class__ = AdaptedLinear
             adapted = cast(AdaptedLinear, module)
             adapted.weight.requires_grad_(False)
-            if config.type == "mask_lora":
-                generator = torch.Generator().manual_seed(counter.key(seed, "adapter", name))
-                a, b = (2 * torch.rand(config.rank, cols, generator=generator) - 1) / math.sqrt(cols), torch.zeros(rows, config.rank)
-            else:
-                a, b = (torch.full(shape, 1 / math.sqrt(config.rank)) for shape in ((config.rank, cols), (rows, config.rank)))
+            generator = torch.Generator().manual_seed(counter.key(seed, "adapter", name))
+            a, b = (2 * torch.rand(config.rank, cols, generator=generator) - 1) / math.sqrt(cols), torch.zeros(rows, config.rank)
             adapted.adapter_a, adapted.adapter_b, adapted.adapters = nn.Parameter(a), nn.Parameter(b), config
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"Expected parameters that train. Got none that match {', '.join(config.train)}. Widen adapters.train.")

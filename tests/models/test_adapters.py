@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raysparse.config import ConfigError
-from raysparse.models.adapters import AdaptersConfig, install, is_adapter, merge
+from raysparse.models.adapters import AdaptersConfig, _Product, install, is_adapter, merge, merged
 from raysparse.models.build import ModelConfig, block_linears, build, flops_architecture
 
 SIZE = ModelConfig(preset="debug", overrides={"n_embd": 24, "n_head": 2, "n_layer": 2, "vocab_size": 53})
@@ -44,6 +44,33 @@ def test_adapters_begin_as_the_weight_and_merge_to_the_same_layer(kind):
         assert (weights[name][dead] == 0).all()
         assert not torch.signbit(weights[name][dead]).any()
         assert (weights[name][~dead] != before[name][~dead]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["mask_lora", "scale_lora"])
+def test_gradients_are_those_of_the_merged_weight(kind):
+    """By autograd of a layer that is merged first, in double precision."""
+    config = AdaptersConfig(type=kind, rank=3, alpha=5)
+    torch.manual_seed(0)
+    weight = (torch.randn(7, 5) * (torch.rand(7, 5) < 0.5)).double()
+    x, a, b, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4, 5), (3, 5), (7, 3), (7,)))
+    given = torch.randn(2, 4, 7, dtype=torch.float64)
+    found = torch.autograd.grad(_Product.apply(x, weight, bias, a, b, config), (x, a, b, bias), given)
+    wanted = torch.autograd.grad(torch.nn.functional.linear(x, merged(weight, a, b, config), bias), (x, a, b, bias), given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_a_step_changes_has_the_rank():
+    """From the beginning on no two rows of A, or columns of B, are the same."""
+    model, before, names = made(AdaptersConfig(type="scale_lora", rank=4))
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    weights = merge(dict(model.named_parameters()), AdaptersConfig(type="scale_lora", rank=4))
+    live = before[names[0]] != 0
+    ratio = torch.where(live, weights[names[0]].detach() / before[names[0]].where(live, torch.ones(())) - 1, 0.0)
+    assert torch.linalg.matrix_rank(ratio) > 1
 
 
 @pytest.mark.parametrize("kind", ["selective", "mask_lora", "scale_lora"])
