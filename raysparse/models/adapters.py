@@ -6,7 +6,7 @@ An adapter changes the weight W of a linear layer by two small matrices, A [rank
     scale_lora:  W + (alpha / rank) (B A) * W               after ScaleLoRA, W * (B A)
 
 Both leave every zero a zero, in training and merged, and both begin as W: A is drawn, B is 0. The paper's code begins ScaleLoRA with all
-elements of A and B at 1 / sqrt(rank); then all columns of B, and rows of A, have equal gradients and stay equal, and the product keeps rank 1.
+elements of A and B at 1 / sqrt(rank); then all columns of B, and rows of A, have equal gradients and stay equal: the product keeps rank 1.
 """
 
 import math
