@@ -231,6 +231,7 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
     baseline = task["baseline"]
     scores = (_score(baseline, task["primary"]), "", "", *(_score(baseline, name) for name in others))
     notes += _marks((row[4] for row in rows), "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
+    notes += [f"Remark: {remark}." for remark in sorted({run.summary["task"].get("remark", "") for run in finetuned} - {""})]
     if any("–" in row[-3:] for row in rows):
         notes.append("–: the pre-training run or the dense pair is not among these runs.")
     rows.append(("baseline", "no model", *scores, "", "", ""))

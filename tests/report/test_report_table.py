@@ -360,3 +360,10 @@ def test_two_parents_of_one_name_are_refused(write_run):
     assert parent_of(child, [child, parent]) is parent
     with pytest.raises(ConfigError, match=r"one pre-training run named 'dense'. Got 2"):
         parent_of(child, [parent, parent])
+
+
+def test_a_remark_stands_beside_the_scores(write_run):
+    task = {"name": "dart", "primary": "bleu", "num_examples": 4, "scores": {"bleu": 1.0}, "baseline": {}, "remark": "not a DART score"}
+    run = read_run(write_run("a", "finetune", task=task))
+    assert "Remark: not a DART score." in comparison([run]).terminal()
+    assert "Remark" not in comparison([read_run(write_run("b", "finetune", task=task | {"remark": ""}))]).terminal()
