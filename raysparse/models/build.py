@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from raysparse.config import Config, ConfigError, merge
-from raysparse.models.adapters import is_adapter
 from raysparse.models.hub_config import check_overrides, read_config
 from raysparse.models.layout import to_linear
 from raysparse.sparsity.flops import Architecture
@@ -282,9 +281,8 @@ def flops_architecture(model: "PreTrainedModel") -> Architecture:
     tables = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Embedding)}
     inside = tuple(f"{name}." for name in blocks(model))
     for name, shape in shapes.items():
-        if is_adapter(name):
-            continue
-        if name.startswith(inside) and len(shape) > 1 and name not in linears and name not in tables:
+        beside = f"{name.rpartition('.')[0]}.weight" in linears  # an adapter's factors
+        if name.startswith(inside) and len(shape) > 1 and not beside and name not in tables:
             raise ConfigError(
                 f"Expected blocks of linear layers in {kind} to count FLOPs of. Got {name} of shape {shape}. "
                 "Use a model of the GPT-2, Llama or MPT type."

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from raysparse.config import Config, ConfigError
 from raysparse.models import packed
-from raysparse.models.adapters import AdaptersConfig, merge
+from raysparse.models.adapters import AnyAdapters, merge
 from raysparse.models.export import check_target, write_folder
 from raysparse.recipes.job import runs_in
 from raysparse.train import checkpoint
@@ -90,10 +90,10 @@ def _export(config: ExportConfig, path: Path, facts: Mapping[str, Any], target: 
 
     if config.step == 0 and facts["patience"] and (best := path.with_name(f"step_{_best_step(path):08d}")).exists():
         path = best  # what an early-stopped run went back to
-    adapters = AdaptersConfig.check(facts.get("adapters", {}))
-    weights, masks = merge(checkpoint.read_weights(path), adapters), checkpoint.read_masks(path)
+    weights, masks = checkpoint.read_weights(path), checkpoint.read_masks(path)
     hf_config = AutoConfig.for_model(**facts["hf_config"])
     step = int(path.name.removeprefix("step_"))
+    weights = merge(weights, TypeAdapter(AnyAdapters).validate_python(facts.get("adapters", {"type": "none"})))
     write_model(target, weights, masks, hf_config, facts["tokenizer"], {"run": Path(config.run).name, "step": step})
     return {"checkpoint": str(path), "to": config.to, "parameters": sum(w.numel() for w in weights.values()), "step": step}
 

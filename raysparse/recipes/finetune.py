@@ -5,15 +5,15 @@ SPDF (arXiv:2303.10464, section 2.3): the mask goes, revived weights start at ex
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.kernels.bits import unpack
-from raysparse.models.adapters import AdaptersConfig, install
-from raysparse.models.build import architecture, block_linears, build, skeleton
+from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt
+from raysparse.models.build import block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS
 from raysparse.recipes.job import Job, check_folder, open_job
@@ -44,7 +44,8 @@ class FinetuneConfig(training.TrainingRunConfig):
     window: int = Field(16, ge=1)
     """Batches whose pairs are sorted by length together, so that pairs of similar length share a batch; 1 sorts nothing."""
     sparsity: HandOverConfig = HandOverConfig()
-    adapters: AdaptersConfig = AdaptersConfig()
+    adapters: AnyAdapters = AllWeights()
+    """Few parameters of a sparse model train, no zero is touched (PERP, arXiv:2312.15230): none, selective, mask_lora, scale_lora."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     flops: FlopsConfig = FlopsConfig()
@@ -52,6 +53,27 @@ class FinetuneConfig(training.TrainingRunConfig):
     """Dotted keys -> values, of which ``--grid`` runs every combination: ``{optimizer.lr: [1e-4, 5e-5]}``; else nothing reads this."""
     cache_dir: str = "~/.cache/raysparse"
     """Where the examples are kept for the workers; with several nodes, on storage they all share."""
+
+    @model_validator(mode="after")
+    def _adapters_combine(self) -> Self:
+        kind = self.adapters.type
+        if kind == "none":
+            return self
+        if self.sparsity.masks != "keep":
+            raise ValueError(
+                f"Expected sparsity.masks=keep with adapters.type={kind}, which trains few parameters and leaves every zero as it is. "
+                "Got lift. Use sparsity.masks=keep and a sparse model, or adapters.type=none"
+            )
+        if self.sharding.type == "fairscale":
+            raise ValueError(
+                f"Expected sharding.type fsdp2 or none with adapters.type={kind}. Got fairscale, which does not freeze. Use fsdp2"
+            )
+        if isinstance(self.adapters, LowRank) and self.kernels == "sparse":
+            raise ValueError(
+                f"Expected kernels auto or dense with adapters.type={kind}, whose layers multiply by a weight that is made anew in "
+                "every forward pass. Got sparse. Use kernels=auto"
+            )
+        return self
 
 
 def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[str, Any]:
@@ -86,31 +108,13 @@ def _check_model(config: FinetuneConfig) -> None:
     """A model folder that fits the task, with masks if they are to be kept."""
     assert config.model.path is not None
     folder = Path(config.model.path)
-    vocabulary = len(evaluate.load_tokenizer(folder))
-    architecture(config.model, vocabulary, config.context)
+    model = skeleton(config.model, len(evaluate.load_tokenizer(folder)), config.context)
     if config.sparsity.masks == "keep" and not (folder / MASKS).exists():
         raise ConfigError(
             f"Expected {MASKS} in {folder} for sparsity.masks=keep. Got none: the model is dense, or not from raysparse. "
             "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
         )
-    if config.adapters.type != "none":
-        _check_adapters(config)
-        sparse = _keys(folder / MASKS) if config.sparsity.masks == "keep" else ()
-        install(skeleton(config.model, vocabulary, config.context), config.adapters, sparse, config.run.seed)
-
-
-def _check_adapters(config: FinetuneConfig) -> None:
-    if not config.adapters.is_low_rank:
-        return
-    for key, got, wanted in (
-        ("sparsity.masks", config.sparsity.masks, ("keep",)),
-        ("kernels", config.kernels, ("auto", "dense")),
-        ("sharding.type", config.sharding.type, ("fsdp2", "none")),
-    ):
-        if got not in wanted:
-            raise ConfigError(
-                f"Expected {key}={' or '.join(wanted)} with adapters.type={config.adapters.type}. Got {got}. Set it, or adapters.type=none."
-            )
+    adapt(model, config.adapters, config.run.seed)
 
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
@@ -135,10 +139,6 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     model = build(config.model, config.run.seed, len(tokenizer), config.context)
     sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
     device, keep = resolve_device(config.run), config.sparsity.masks == "keep"
-    if config.adapters.type != "none":
-        install(model, config.adapters, sparse if config.sparsity.masks == "keep" else (), config.run.seed)
-    if config.adapters.is_low_rank:
-        config = config.model_copy(update={"kernels": "dense"})  # the product is with W and its adapter together
     size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
     feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed, config.window)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse}
@@ -163,13 +163,14 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         tokens_per_sequence=config.context,
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
+        adapters=config.adapters,
     )
     parent = folder.parent / "summary.json"
     facts = {
         "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
         "data": {key: job.prepared[key] for key in ("num_pairs", "num_truncated", "num_truncated_targets")},
     }
-    summary = training.carry_out(job, config, run, parts, facts, str(folder), config.adapters)
+    summary = training.carry_out(job, config, run, parts, facts, str(folder))
     scores = evaluate.score_model(
         job.path / "export",
         job.path,

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
 from raysparse.data.batch import Feed
 from raysparse.kernels.bits import pack
-from raysparse.models.adapters import AdaptersConfig, is_adapter, merge
+from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, merge, needs_no_gradient
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
 from raysparse.recipes.environment import versions, write_environment
@@ -106,6 +106,7 @@ class Ingredients:
         agenda: phases of the run, and what happens to the masks.
         topology: sharded model -> the first masks; None to train dense.
         convention: how FLOPs are counted.
+        adapters: what trains.
     """
 
     model: Any
@@ -119,11 +120,13 @@ class Ingredients:
     tokens_per_sequence: int
     steps_per_epoch: int | None
     convention: Convention
+    adapters: Adapters = field(default_factory=AllWeights)
 
 
 def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) -> tuple[Training, State]:
     """Shard the model, make the masks and the optimizer, load the newest checkpoint; every rank calls this."""
     device = resolve_device(config.run)
+    adapt(parts.model, parts.adapters, config.run.seed)
     if config.training.activation_checkpointing:
         former = "gradient_checkpointing_enable"  # its name before transformers 5.23
         getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})
@@ -137,6 +140,10 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         for unit in units.values():
             unit.compile()
     sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
+    if not isinstance(parts.adapters, AllWeights):
+        trained, total = count_parameters(sharded)
+        share = f"{trained / total:.2%} of the model's {total:,}"
+        run.show({"text": f"{job.path.name}: {parts.adapters.type} trains {trained:,} parameters, {share}"})
     topology = None if parts.topology is None else parts.topology(sharded)
     if topology is not None:
         topology.kill(sharded.local)
@@ -158,6 +165,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
             keeper.published(str(found), state.step)
     if run.rank == 0:
         metrics.rewind(job.path, state.step)
+    arch = flops_architecture(parts.model)
     training = Training(
         stage=job.path.name,
         config=config.training,
@@ -176,7 +184,8 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         validation=parts.validation,
         num_validation=parts.num_validation,
         context=parts.tokens_per_sequence,
-        arch=flops_architecture(parts.model),
+        arch=arch,
+        frozen=dict.fromkeys(needs_no_gradient([*arch.linears, arch.head], {n: p.trained for n, p in sharded.parts.items()}), 0),
         ledger=ledger,
         checkpointer=checkpointer,
         meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
@@ -209,22 +218,14 @@ def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention
 
 
 def carry_out(
-    job: Job,
-    config: TrainingRunConfig,
-    run: Run,
-    parts: Ingredients,
-    facts: Mapping[str, Any],
-    tokenizer: str,
-    adapters: AdaptersConfig | None = None,
+    job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients, facts: Mapping[str, Any], tokenizer: str
 ) -> dict[str, Any]:
     """Train to the end and write the model in Hugging Face format; returns the summary (see `finish`). Every rank calls this.
 
     Args:
         facts: what the recipe adds to the summary.
         tokenizer: folder of the tokenizer that goes with the model.
-        adapters: of the model, to be merged into what is exported.
     """
-    adapters = adapters or AdaptersConfig()
     forget_peak_memory()
     if run.rank == 0:
         write_environment(job.path, config.run)
@@ -232,7 +233,7 @@ def carry_out(
             "hf_config": parts.model.config.to_dict(),
             "tokenizer": tokenizer,
             "patience": config.training.patience,
-            "adapters": adapters.model_dump(mode="json"),
+            "adapters": parts.adapters.model_dump(),
         }
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
@@ -244,7 +245,7 @@ def carry_out(
     weights, masks = gather(t)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
-        write_model(job.path / "export", merge(weights, adapters), masks, parts.model.config, tokenizer, summary)
+        write_model(job.path / "export", merge(weights, parts.adapters), masks, parts.model.config, tokenizer, summary)
     dist.barrier()
     return summary
 
@@ -261,8 +262,7 @@ def summarize(
     job: Job, config: TrainingRunConfig, t: Training, state: State, sparse: Mapping[str, Shape], target: float | None
 ) -> dict[str, Any]:
     """The facts of a finished run, documented key by key in docs/summary.md; every rank calls this."""
-    parameters = sum(prod(part.shape) for name, part in t.sharded.parts.items() if not is_adapter(name))
-    trained = sum(prod(part.shape) for part in t.sharded.parts.values() if part.local.requires_grad)
+    trained, parameters = count_parameters(t.sharded)
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
@@ -273,7 +273,12 @@ def summarize(
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     peak, sent, dense_sent, wire_seconds, *sizes = largest.tolist()
     return header(job, config, t.run) | {
-        "model": {"class": type(t.sharded.module).__name__.removeprefix("FSDP"), "parameters": parameters, "trained": trained},
+        "model": {
+            "class": type(t.sharded.module).__name__.removeprefix("FSDP"),
+            "parameters": parameters,
+            "trained": trained,
+            "trained_share": trained / parameters,
+        },
         "loss": state.losses
         | {"perplexity": math.exp(min(700.0, state.losses["validation"])), "step": state.best_step if t.config.patience else state.step},
         "sparsity": {
@@ -302,6 +307,13 @@ def summarize(
         "memory_bytes": {name: int(size) for name, size in zip(kept, sizes, strict=True)},
         "peak_memory_bytes": int(peak),
     }
+
+
+def count_parameters(sharded: Sharded) -> tuple[int, int]:
+    """(parameters that train, adapters' factors among them; parameters of the model, without them)."""
+    sizes = {name: prod(part.shape) for name, part in sharded.parts.items()}
+    trained = sum(sizes[name] for name, part in sharded.parts.items() if part.trained)
+    return trained, sum(size for name, size in sizes.items() if not is_factor(name))
 
 
 def history_of(t: Training, steps: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Of a weight that has a mask the live elements alone are stored, row by row: those of the rows that a rank holds under
 ``model/<name>/<first of these rows>``. So are its moments (``exp_avg``, ``exp_avg_sq``), unless a phase keeps moments of dead weights.
 ``rows/<name>`` tells how many live in each row, from which another number of ranks finds what is its own. Everything else is whole:
-``model/<name>``, ``mask/<name>``, ``ever/<name>``.
+``model/<name>``, ``mask/<name>``, ``ever/<name>``. Frozen weights have no moments.
 
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
 every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
@@ -157,14 +157,12 @@ class Checkpointer:
         found: dict[str, Any] = {key: "live weights" if key.count("/") == 2 else shape for key, shape in stored.items()}
         found = {"/".join(key.split("/")[:2]): shape for key, shape in found.items() if not key.startswith("rows/")}
         parts = self._sharded.parts
-        trained = {name for name, part in parts.items() if part.local.requires_grad}
-        expected: dict[str, Any] = {f"model/{name}": part.shape for name, part in parts.items()}
-        expected |= {f"{kind}/{name}": part.shape for kind in MOMENTS for name, part in parts.items() if name in trained}
+        kept = [(kind, name) for kind in KINDS for name, part in parts.items() if kind == "model" or part.trained]
+        expected: dict[str, Any] = {f"{kind}/{name}": parts[name].shape for kind, name in kept}
         if self._topology is not None:
             packed = {name: (rows, -(-cols // 8)) for name, (rows, cols) in self._topology.shapes.items()}
             expected |= {f"{kind}/{name}": size for kind in self._kinds for name, size in packed.items()}
-            live = [(kind, name) for kind in self._live for name in self._topology.shapes if kind == "model" or name in trained]
-            expected |= {f"{kind}/{name}": "live weights" for kind, name in live}
+            expected |= {f"{kind}/{name}": "live weights" for kind, name in kept if self._is_packed(kind, name)}
         wrong = [key for key in [*expected, *sorted(found.keys() - expected.keys())] if found.get(key) != expected.get(key)]
         if wrong:
             shown = ", ".join(f"{key} {found.get(key, 'missing')} instead of {expected.get(key, 'nothing')}" for key in wrong[:3])

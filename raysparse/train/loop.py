@@ -207,11 +207,15 @@ def _count(t: Training, step: int, tokens: int) -> None:
     """Add a step to the ledger, at its own sequence length, attention and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
     counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step))
+    if t.frozen:
+        rest = training_flops(t.arch, {**t.nnz, **t.frozen}, tokens, length, convention, t.attention_density(step))
+        counted = counted * (2 / 3) + rest * (1 / 3)
     dense = training_flops(t.arch, 1.0, tokens, length, convention)
     executed, reads = None, t.looks_at_dead(step)
     seen = t.attention_density(step) if t.hybrid is not None and t.hybrid.skips else 1.0
-    if t.kernels is not None or seen < 1:
-        products = [{}] * 3 if t.kernels is None else t.kernels.executed(t.nnz, reads)
+    if t.kernels is not None or seen < 1 or t.frozen:
+        forward, backward, gradient = [{}] * 3 if t.kernels is None else t.kernels.executed(t.nnz, reads)
+        products = forward, backward, {**gradient, **t.frozen}
         thirds = [training_flops(t.arch, live, tokens, length, convention, seen) * (1 / 3) for live in products]
         executed = thirds[0] + thirds[1] + thirds[2]
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None

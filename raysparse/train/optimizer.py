@@ -80,7 +80,7 @@ class ScheduleConfig(Config):
 
 
 def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool, topology: Topology | None = None) -> Optimizer:
-    """AdamW over this rank's rows, with its state made at once so that a checkpoint can be loaded into it.
+    """AdamW over this rank's rows of what is not frozen, with its state made at once so that a checkpoint can be loaded into it.
 
     Args:
         topology: to keep moments of live weights alone by.
@@ -88,14 +88,13 @@ def build_optimizer(sharded: Sharded, config: OptimizerConfig, parity: bool, top
     Raises:
         ConfigError: the native one is asked for and does not run here.
     """
-    parts = sharded.parts.values()
+    parts = [part for part in sharded.parts.values() if part.trained]
     implementation = _implementation(config, parity, [part.local for part in parts])
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if implementation != "native":
         common |= {"fused": implementation in ("fused", "triton"), "foreach": implementation == "foreach"}
-    trained = [part for part in parts if part.local.requires_grad]
-    decayed = [part.local for part in trained if len(part.shape) > 1]
-    plain = [part.local for part in trained if len(part.shape) <= 1]
+    decayed = [part.local for part in parts if len(part.shape) > 1]
+    plain = [part.local for part in parts if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     ours = {"native": adamw.AdamW, "triton": adamw.TritonAdamW}
     kind = ours.get(implementation, AdamW if topology is None else adamw.TorchAdamW)

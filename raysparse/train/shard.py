@@ -70,13 +70,19 @@ class Part:
         shape: of the whole parameter.
         first: row of the whole parameter that this part starts with.
         local: [rows here, ...] the values; shares memory with the model's parameter. Optimizers step this tensor.
-        mine: whether this rank updates it: no rank a frozen one, fairscale's one rank each tensor.
+            It requires a gradient if the parameter does: a frozen one has none, and no moments.
+        mine: whether this rank updates it (fairscale updates each tensor on one rank; nobody a frozen one).
     """
 
     shape: tuple[int, ...]
     first: int
     local: nn.Parameter
     mine: bool = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether any rank updates it."""
+        return self.local.requires_grad
 
     @property
     def rows(self) -> Rows:
@@ -232,7 +238,7 @@ class FSDP2(Sharded):
     def collect(self) -> dict[str, Tensor]:
         gradients = {}
         for name, parameter in self._parameters.items():
-            if not parameter.requires_grad:
+            if not self.parts[name].trained:
                 continue
             gradient = cast(DTensor | None, parameter.grad)
             local = self.parts[name].local
@@ -259,7 +265,7 @@ class Replicated(Sharded):
         self.ranks = self.owners = ALONE
         self.replica = dist.get_rank()
         self._parameters = dict(module.named_parameters())
-        self.parts = {name: Part(tuple(p.shape), 0, p, p.requires_grad) for name, p in self._parameters.items()}
+        self.parts = {name: Part(tuple(p.shape), 0, p, mine=p.requires_grad) for name, p in self._parameters.items()}
         self._autocast = (lambda: torch.autocast(device, dtype)) if dtype != torch.float32 else nullcontext
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -267,7 +273,7 @@ class Replicated(Sharded):
 
     def collect(self) -> dict[str, Tensor]:
         for parameter in self._parameters.values():
-            if parameter.grad is None and parameter.requires_grad:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
         if (size := dist.get_world_size()) > 1:
@@ -360,8 +366,8 @@ def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingCo
 
 def _part(parameter: DTensor) -> Part:
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    local = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
-    return Part(tuple(parameter.shape), offset[0], local, parameter.requires_grad)
+    trains = parameter.requires_grad
+    return Part(tuple(parameter.shape), offset[0], nn.Parameter(parameter.to_local().detach(), requires_grad=trains), mine=trains)
 
 
 def _in_buffer(unit: FSDPModule) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from raysparse.config import Config
 from raysparse.data.batch import Feed
 from raysparse.kernels.adamw import MOMENTS
 from raysparse.length import Length
+from raysparse.models.adapters import is_factor
 from raysparse.models.attention import HybridAttention
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.flops import Architecture, Ledger
@@ -107,6 +108,8 @@ class Training:
     num_validation: int
     context: int
     arch: Architecture
+    frozen: Mapping[str, int]
+    """Of the matrices whose weight-gradient product is left out: 0, the live weights that it has."""
     ledger: Ledger
     checkpointer: Checkpointer
     meter: Meter
@@ -142,14 +145,15 @@ class Training:
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank keeps between the steps, but for gradients: of its rows of the weights, of the gradients that it sums up
-        and steps with, of AdamW's moments, and of these if all weights had them."""
+        and steps with, of AdamW's moments, and of these if all weights of the model had them, frozen ones too."""
         sizes = {name: part.local.nbytes for name, part in self.sharded.parts.items()}
         found = [moments(self.sharded, self.optimizer, which) for which in MOMENTS]
+        dense = [name for name, part in self.sharded.parts.items() if (part.mine or not part.trained) and not is_factor(name)]
         return {
             "weights": sum(sizes.values()),
             "gradients": sum(sizes[name] for name, part in self.sharded.parts.items() if part.mine),
             "moments": sum(value.nbytes for of in found for value in of.values()),
-            "dense_moments": sum(sizes[name] for of in found for name in of),
+            "dense_moments": len(MOMENTS) * sum(sizes[name] for name in dense),
         }
 
     def all_sum(self, x: Tensor) -> Tensor:

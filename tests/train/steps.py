@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from raysparse.data.batch import Batch
 from raysparse.kernels.bits import pack, unpack
-from raysparse.models.adapters import AdaptersConfig, install
+from raysparse.models.adapters import AnyAdapters
 from raysparse.models.build import build, select
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
@@ -64,9 +65,9 @@ def config(**sections: Any) -> training.TrainingRunConfig:
 
 
 def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> tuple[Training, State]:
-    """The product's assembly on this rank; goes on from the newest checkpoint in the folder. `sections` may hold ``adapters`` too."""
-    sections = dict(sections)
-    adapters = AdaptersConfig.check(sections.pop("adapters", {}))
+    """The product's assembly on this rank; goes on from the newest checkpoint in the folder. `sections` may have `adapters`."""
+    adapters = TypeAdapter(AnyAdapters).validate_python(sections.get("adapters", {"type": "none"}))
+    sections = {name: section for name, section in sections.items() if name != "adapters"}
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
@@ -79,9 +80,6 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         tokens_per_step=settings.training.sequences * CONTEXT,
         seed=settings.run.seed,
     )
-
-    if adapters.type != "none":
-        install(model, adapters, agenda.shapes, settings.run.seed)
 
     def topology(sharded: Any) -> Topology:
         rows = {name: sharded.parts[name].rows for name in agenda.shapes}
@@ -100,6 +98,7 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         tokens_per_sequence=CONTEXT,
         steps_per_epoch=None,
         convention="spdf",
+        adapters=adapters,
     )
     job = Job("pretrain", settings.model_dump(mode="json"), {}, str(folder), "me")
     quiet = Console((folder / "console.txt").open("a"))
