@@ -43,7 +43,7 @@ def values(pretrain_values, tmp_path) -> dict[str, Any]:
     return {
         "run": pretrain_values["run"] | {"name": "perp"},
         "model": {"path": str(Path(pretrain_values["run"]["folder"]) / "tiny")},
-        "task": {"type": "pairs", "data": {"type": "files"} | files, "metrics": ["chrf"]},
+        "task": {"type": "seq2seq", "data": {"type": "files"} | files, "metrics": ["chrf"]},
         "context": 16,
         "sparsity": {"masks": "keep"},
         "optimizer": {"lr": 1e-2},

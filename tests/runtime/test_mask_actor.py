@@ -171,7 +171,7 @@ def test_only_runs_with_masks_have_one(ray_instance, pretrain_values):
     dense = opened(pretrain_values, run={"name": "dense"}, sparsity={"target": 0.0})
     done = opened(pretrain_values, run={"name": "done"})
     (done.path / "summary.json").write_text("{}")
-    tuned = {"model": {"path": "x"}, "task": {"type": "pairs", "data": {"type": "files", "train": "t", "validation": "v", "test": "s"}}}
+    tuned = {"model": {"path": "x"}, "task": {"type": "seq2seq", "data": {"type": "files", "train": "t", "validation": "v", "test": "s"}}}
     lift, keep = (
         Job("finetune", tuned | {"sparsity": {"masks": masks}}, {}, str(dense.path.parent / masks), "claim") for masks in ("lift", "keep")
     )
