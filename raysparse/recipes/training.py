@@ -266,7 +266,7 @@ def summarize(
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
-    kept = state.memory_bytes
+    kept = state.memory_bytes or t.memory()  # a checkpoint of an earlier version has none
     largest = torch.tensor(
         [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64
     )

@@ -84,6 +84,13 @@ def test_masks_of_every_version_are_those_that_the_run_reports(train):
     for tag in ("churn", "explored", "drop_fraction", "version"):
         points = [(event.step - 1, event.value) for event in board.Scalars(f"topology/{tag}")]
         assert points == [(record["step"], pytest.approx(record[tag], rel=1e-6)) for record in history]
+    told = {name: board.Scalars(f"memory/{name}") for name in (*summary["memory_bytes"], "peak")}
+    for name, most in summary["memory_bytes"].items():
+        assert max(event.value for event in told[name]) == most
+    assert told["moments"][-1].value < told["dense_moments"][-1].value
+    assert all(event.value > 0 for event in told["peak"])
+    for name in ("bytes_per_step", "dense_bytes_per_step", "seconds_per_step"):
+        assert board.Scalars(f"wire/{name}")
     kept = (folder / "checkpoints" / "step_00000012" / "topology.jsonl").read_text().splitlines()
     assert [json.loads(line)["version"] for line in kept[1:]] == list(range(6))
     masks = read_masks(str(folder), folder.parent)
