@@ -4,18 +4,21 @@ SPDF (arXiv:2303.10464, section 2.3): the mask goes, revived weights start at ex
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.kernels.bits import unpack
-from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt
+from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
 from raysparse.models.build import block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
-from raysparse.recipes.export import MASKS
+from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
@@ -23,9 +26,15 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
 from raysparse.tasks import AnyTask
+from raysparse.tasks.base import Example
 from raysparse.tasks.generate import GenerationConfig
+from raysparse.tasks.metrics import LOWER_IS_BETTER
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
+from raysparse.train.state import Judged, Training
+
+VALIDATED = "validated"
+"""In a run folder: the model and its answers of the last validation by metric."""
 
 
 class HandOverConfig(Config):
@@ -48,6 +57,10 @@ class FinetuneConfig(training.TrainingRunConfig):
     """Few parameters of a sparse model train, no zero is touched (PERP, arXiv:2312.15230): none, selective, mask_lora, scale_lora."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
+    validate_by: Literal["loss", "metric"] = "loss"
+    """What training.patience and the best checkpoint go by: validation loss, or the task's first score of answers at each validation."""
+    validate_examples: int = Field(256, ge=1)
+    """Of the validation split, answered at each validation with validate_by=metric."""
     flops: FlopsConfig = FlopsConfig()
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Dotted keys -> values, of which ``--grid`` runs every combination: ``{optimizer.lr: [1e-4, 5e-5]}``; else nothing reads this."""
@@ -170,7 +183,10 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
         "data": {key: job.prepared[key] for key in ("num_pairs", "num_truncated", "num_truncated_targets")},
     }
-    summary = training.carry_out(job, config, run, parts, facts, str(folder))
+    judge = None
+    if config.validate_by == "metric" and task.primary != "perplexity":
+        judge = _judge(job, config, run, parts, splits["validation"], str(folder), device)
+    summary = training.carry_out(job, config, run, parts, facts, str(folder), judge)
     scores = evaluate.score_model(
         job.path / "export",
         job.path,
@@ -183,6 +199,27 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         device,
     )
     return training.finish(job, run, summary | {"task": scores})
+
+
+def _judge(
+    job: Job, config: FinetuneConfig, run: Run, parts: training.Ingredients, examples: list[Example], tokenizer: str, device: str
+) -> Callable[[Training], Judged]:
+    """The task's first score, of a model written to `VALIDATED` at each validation."""
+    name, place = config.task.primary, job.path / VALIDATED
+    task = config.task.model_copy(update={"metrics": (name,)})
+    which = evaluate.EvaluationConfig(split="validation", max_examples=config.validate_examples)
+
+    def judge(t: Training) -> Judged:
+        weights, masks = training.gather(t)
+        if run.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            write_model(place, merge(weights, parts.adapters), masks, parts.model.config, tokenizer, {"run": job.path.name})
+        dist.barrier()
+        told = evaluate.score_model(place, place, task, examples, config.context, config.generation, which, run, device)
+        score = told["scores"][name]
+        return Judged(name, score, score if name in LOWER_IS_BETTER else -score)
+
+    return judge
 
 
 def with_model_folder(config: FinetuneConfig) -> FinetuneConfig:

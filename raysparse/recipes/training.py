@@ -39,7 +39,7 @@ from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_opt
 from raysparse.train.process import forget_peak_memory, peak_memory_bytes
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
-from raysparse.train.state import HISTORY, Pace, State, Training, TrainingConfig
+from raysparse.train.state import HISTORY, Judged, Pace, State, Training, TrainingConfig
 
 
 class TrainingRunConfig(Config):
@@ -218,13 +218,20 @@ def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention
 
 
 def carry_out(
-    job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients, facts: Mapping[str, Any], tokenizer: str
+    job: Job,
+    config: TrainingRunConfig,
+    run: Run,
+    parts: Ingredients,
+    facts: Mapping[str, Any],
+    tokenizer: str,
+    judge: Callable[[Training], Judged] | None = None,
 ) -> dict[str, Any]:
     """Train to the end and write the model in Hugging Face format; returns the summary (see `finish`). Every rank calls this.
 
     Args:
         facts: what the recipe adds to the summary.
         tokenizer: folder of the tokenizer that goes with the model.
+        judge: see `Training.judge`.
     """
     forget_peak_memory()
     if run.rank == 0:
@@ -237,6 +244,7 @@ def carry_out(
         }
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
+    t.judge = judge
     state = train(t, state)
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)

@@ -162,13 +162,19 @@ def _publish(t: Training) -> None:
 def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
     with interval.paused():
         loss, error = validate(t)
+        judged = None if t.judge is None else t.judge(t)
     state.losses |= {"validation": loss, "validation_stderr": error}
-    if loss < state.best_loss:
-        state.best_loss, state.best_step, state.stale = loss, state.step, 0
+    value = loss if judged is None else judged.badness
+    if value < state.best_loss:
+        state.best_loss, state.best_step, state.stale = value, state.step, 0
     else:
         state.stale += 1
     record = {"stage": t.stage, "step": state.step, "tokens": state.tokens, "validation_loss": loss, "validation_stderr": error}
-    t.meter.write(record, {"loss/validation": loss})
+    tags = {"loss/validation": loss}
+    if judged is not None:
+        record |= {"score": judged.name, "validation_score": judged.score}
+        tags[f"task/{judged.name}"] = judged.score
+    t.meter.write(record, tags)
     t.run.show(record)
 
 

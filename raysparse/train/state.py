@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,9 +82,22 @@ class State:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     """Most of each kind at any console line so far (`Training.memory`)."""
     best_loss: float = math.inf
+    """Of what patience goes by: validation loss, or `Judged.badness`."""
     best_step: int = 0
     stale: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+
+
+class Judged(NamedTuple):
+    """A score of the model in training.
+
+    Attributes:
+        badness: what is to be small: the score, negative where higher is better.
+    """
+
+    name: str
+    score: float
+    badness: float
 
 
 @dataclass
@@ -115,6 +129,8 @@ class Training:
     meter: Meter
     run: Run
     guard: Callable[[], None]
+    judge: "Callable[[Training], Judged] | None" = None
+    """Scores the model at a validation; patience and the best checkpoint then go by that and not by the loss. Every rank calls it."""
     saved: tuple[Path, int] | None = None
 
     @property
