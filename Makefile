@@ -45,6 +45,7 @@ bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.cpu_step --out benchmarks/results
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results
 	$(BIN)/python -m benchmarks.decode --threads 2 --out benchmarks/results
+	$(BIN)/python -m benchmarks.answers --out benchmarks/results
 	$(BIN)/python -m benchmarks.wire --rounds 3 --whole-model --out benchmarks/results  # as root
 
 clean: ## remove .venv and build leftovers; runs/ stays

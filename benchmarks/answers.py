@@ -1,6 +1,6 @@
 """Batches of similar length: what evaluation and fine-tuning gain by them.
 
-    python -m benchmarks.answers --out benchmarks/results                            docstrings, a GPT of 4 layers, 3 minutes on 2 cores
+    python -m benchmarks.answers --out benchmarks/results                            docstrings, a GPT of 4 layers, 5 minutes on 2 cores
     python -m benchmarks.answers --task e2e=data/e2e_nlg --task dart=data/dart --tokenizer gpt2    padding on other data
 
 Answers: raysparse's `generate`, batches sorted by length, against transformers' own ``generate`` over batches of as many prompts in the

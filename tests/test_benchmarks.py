@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 
-from benchmarks import cpu_kernels, decode, manager, masks, passes, startup, step, topology, updates
+from benchmarks import answers, cpu_kernels, decode, manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
+from raysparse.data.tokenizer import TrainTokenizer, train
+from raysparse.data.tokenizer import load as load_tokenizer
 from raysparse.kernels import library
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Rows, Topology
+from raysparse.tasks import Docstrings
 from raysparse.train.process import process_group
 from tests.ranks import spawn
 
@@ -250,3 +253,12 @@ def test_decoding_as_a_command(tmp_path, capsys):
     assert rows["1 token, int8, 75 %, bits"]["bytes"] < rows["1 token, int8, dense"]["bytes"]
     assert status == 0, "goals are for two threads"
     assert capsys.readouterr().out.rstrip().endswith(str(result.with_suffix(".md")))
+
+
+def test_answers_are_the_same_and_windows_pad_less(tmp_path):
+    task = Docstrings(max_examples=24)
+    tokenizer = load_tokenizer(train(TrainTokenizer(vocab_size=300), iter([e.source for e in task.examples("train")]), "x", tmp_path))
+    rows = answers.answers(tokenizer, task, num_prompts=4, rounds=1)
+    assert [(row["settings"], row["same"]) for row in rows] == [("greedy", 4), ("4 beams", 4)]
+    found = answers.padding(tokenizer, task, steps=64)
+    assert found[64] < found[1]
