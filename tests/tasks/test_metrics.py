@@ -44,7 +44,11 @@ def test_a_perfect_answer_is_the_best_and_none_the_worst():
         assert best[name] > worst[name] == 0
 
 
-@pytest.mark.parametrize("name", METRICS)
+SLOW = {"e2e_meteor", "webnlg_meteor"}
+"""Every start of METEOR's program takes seconds."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in METRICS])
 def test_parts_are_scored_as_if_they_were_all(name):
     if missing([name]):
         pytest.skip(f"{name} {missing([name])[name]}")
