@@ -33,7 +33,7 @@ def text(summary: dict[str, Any], job: Job) -> str:
             f"({flops['convention']}); counted = if zeros were skipped; the kernels executed {flops['executed']:.4g}",
             *_topology(summary),
             f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
-            f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by {summary['workers']} workers",
+            f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by each of {summary['workers']} workers at most",
             f"model             {job.path / 'export'}",
         ]
     if "zeroshot" in summary:

@@ -276,8 +276,8 @@ def summarize(
     actual = 1 - nnz / total if total else 0.0
     kept = state.memory_bytes or t.memory()  # a checkpoint of an earlier version has none
     largest = torch.tensor(
-        [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64
-    )
+        [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64, device=t.device
+    )  # NCCL has no CPU tensors
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     peak, sent, dense_sent, wire_seconds, *sizes = largest.tolist()
     return header(job, config, t.run) | {
