@@ -9,6 +9,10 @@ every cable to the rate. The model is a stack of GPT-2 blocks, at least 90 % of 
 in one process, step by step; times are wall-clock, of the rank that takes longest. Bytes are what left the rank's network interface,
 headers and acknowledgements included. Dense kernels on both sides: the difference is the wire's. Exit status 1 if a goal is missed.
 
+Where the system refuses namespaces or ``tc``, or with ``--throttle``, the process group is throttled instead: ranks share the loopback,
+and each collective of a step is followed by a sleep of its payload over the rate. Its own time on the loopback comes on top, bytes are
+those counted, and the results say so.
+
 Predicted is payload / rate + host: the payload as `Wire` counts it, the rate of the link as measured with all ranks sending, and what the
 machine takes besides (packing, adding, copies), which is the unshaped row's time less its own payload / rate.
 """
@@ -21,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +39,7 @@ from tqdm import tqdm
 from benchmarks.measure import Ratio, table, write
 from benchmarks.step import Size, assemble
 from raysparse.kernels.bits import pack, unpack
-from raysparse.train.exchange import Choice, Layout
+from raysparse.train.exchange import Choice, Layout, Wire
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.shard import FSDP2, ShardingConfig
 
@@ -52,10 +56,20 @@ LEAST = 0.98
 
 @dataclass(frozen=True)
 class Link:
-    """The cables of a run: so many ranks, each at so many Gbit/s; 0: as fast as they are."""
+    """The cables of a run: so many ranks, each at so many Gbit/s; 0: as fast as they are. Throttled: no cables, but sleeps."""
 
     ranks: int
     gbit: float
+    throttled: bool = False
+
+
+def refusal() -> str | None:
+    """Why no network of shaped links can be made here; None: it can."""
+    try:
+        with network(Link(1, 1)):
+            return None
+    except (SystemExit, FileNotFoundError) as error:
+        return str(error)
 
 
 @contextmanager
@@ -91,17 +105,19 @@ def network(link: Link) -> Iterator[list[str]]:
 
 def launch(link: Link, words: Sequence[str]) -> Any:
     """Run the worker of this module on every rank of the network; returns what rank 0 prints."""
-    with network(link) as names, tempfile.TemporaryFile("w+") as said, ExitStack() as stack:
+    made = nullcontext([""] * link.ranks) if link.throttled else network(link)
+    with made as names, tempfile.TemporaryFile("w+") as said, ExitStack() as stack:
         processes = []
         for rank, name in enumerate(names):
             facts = {
                 "RANK": rank,
                 "WORLD_SIZE": link.ranks,
-                "MASTER_ADDR": f"{NETWORK}.1",
+                "MASTER_ADDR": "127.0.0.1" if link.throttled else f"{NETWORK}.1",
                 "MASTER_PORT": PORT,
-                "GLOO_SOCKET_IFNAME": "eth0",
+                "GLOO_SOCKET_IFNAME": "lo" if link.throttled else "eth0",
             }
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.wire", "--worker", *words]
+            command = [sys.executable, "-m", "benchmarks.wire", "--worker", *words]
+            command = [*command, "--throttle", "--rates", str(link.gbit)] if link.throttled else ["ip", "netns", "exec", name, *command]
             environment = os.environ | {key: str(value) for key, value in facts.items()} | {"OMP_NUM_THREADS": "1"}
             processes.append(subprocess.Popen(command, env=environment, stdout=said if rank == 0 else subprocess.DEVNULL))
             stack.callback(processes[-1].kill)
@@ -113,27 +129,34 @@ def launch(link: Link, words: Sequence[str]) -> Any:
         return json.loads(said.read().splitlines()[-1])
 
 
-def worker(sparsities: Sequence[float], rounds: int, size: Size) -> None:
-    """On one rank: `rounds` steps with whole and with packed buffers, in turns; rank 0 prints what each took and sent."""
+def worker(sparsities: Sequence[float], rounds: int, size: Size, throttle: float | None) -> None:
+    """On one rank: `rounds` steps with whole and with packed buffers, in turns; rank 0 prints what each took and sent.
+
+    Args:
+        throttle: Gbit/s of the process group; None: what the link gives.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=PATIENCE)
-    found: dict[str, Any] = {"rate": _rate()}
+    found: dict[str, Any] = {"rate": _rate() if throttle is None else [throttle, throttle]}
     for sparsity in sparsities:
         with tempfile.TemporaryDirectory() as folder:
             t = assemble(Path(folder) / "run", size, sparsity, ShardingConfig(packed="on"))
             assert isinstance(t.sharded, FSDP2)
+            if throttle:
+                _throttle(t.sharded.wire, throttle)
             ways = {"whole": Choice("off"), "packed": Choice("on")}
             rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for index in range(1 + rounds):
                 for way in list(ways)[:: 1 if index % 2 else -1]:
                     t.sharded.choice = ways[way]
-                    row = _step(t, index)
+                    row = _step(t, index, throttle is not None)
                     if index:
                         rows[way].append(row)
+            follow = [] if throttle is not None else [_seconds(t.follow) for _ in range(rounds)]
             total = sum(torch.Size(part.shape).numel() for part in t.sharded.parts.values())
             assert t.topology is not None
             share = sum(torch.Size(shape).numel() for shape in t.topology.shapes.values()) / total
-            found[str(sparsity)] = {"rows": rows, "parameters": total, "sparse_share": share}
+            found[str(sparsity)] = {"rows": rows, "follow": follow, "parameters": total, "sparse_share": share}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -155,17 +178,40 @@ def _rate(elements: int = 16 << 20) -> list[float]:
     return found
 
 
-def _step(t: Any, index: int) -> dict[str, float]:
+def _throttle(wire: Wire, gbit: float) -> None:
+    """From here on a collective takes the time of its payload on a link, and what it takes anyhow."""
+    timed = wire.timed
+
+    @contextmanager
+    def slower(device: torch.device) -> Iterator[None]:
+        before = wire.bytes_sent
+        with timed(device):
+            yield
+            time.sleep(8 * (wire.bytes_sent - before) / (1e9 * gbit))
+
+    wire.timed = slower  # pyrefly: ignore
+
+
+def _seconds(follow: Callable[[], None]) -> float:
+    """Of the rank that takes longest, which has masks of the same density to gather and to make the layouts of."""
+    dist.barrier()
+    began, box = time.perf_counter(), [0.0] * dist.get_world_size()
+    follow()
+    dist.all_gather_object(box, time.perf_counter() - began)
+    return max(box)
+
+
+def _step(t: Any, index: int, throttled: bool) -> dict[str, float]:
     """Largest over the ranks of: seconds of a step, seconds in collectives, bytes that left the interface, payload as counted."""
     dist.barrier()
-    wire, bytes_before = t.sharded.wire, _bytes_out()
+    wire, bytes_before = t.sharded.wire, 0 if throttled else _bytes_out()
     seconds, sent, began = wire.seconds, wire.bytes_sent, time.perf_counter()
     forward_backward(t, index)
     update(t, index)
     row = {
         "step": time.perf_counter() - began,
         "communication": wire.seconds - seconds,
-        "interface": float(_bytes_out() - bytes_before),
+        "interface": float(wire.bytes_sent - sent if throttled else _bytes_out() - bytes_before),
         "counted": float(wire.bytes_sent - sent),
     }
     box: list[Any] = [None] * dist.get_world_size()
@@ -197,7 +243,8 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(
-            f"Expected to be root on Linux with network namespaces and tc. Got from `{' '.join(command)}`: {done.stderr.strip()}"
+            f"Expected to be root on Linux with network namespaces and tc. Got from `{' '.join(command)}`: {done.stderr.strip()}. "
+            "Run it as root, or with --throttle, which needs neither."
         )
 
 
@@ -238,6 +285,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         whole, packed = row["median"]["whole"], row["median"]["packed"]
         alone, together = row["measured_gbit"]
         rate = f"{row['gbit']:g} Gbit/s" if row["gbit"] else "unshaped"
+        follow = statistics.median(row["follow"]) if row["follow"] else None
         lines.append(
             (
                 f"{row['ranks']} ranks, {rate}, {100 * row['sparsity']:g} %",
@@ -249,6 +297,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
                 " : ".join(f"{seconds:.2f}" for seconds in predicted(row, rows)),
                 f"{whole['interface'] / 1e6:,.0f} : {packed['interface'] / 1e6:,.0f}",
                 f"{row['ratio']['interface'].median:.2f}",
+                "" if follow is None else f"{follow:.2f}",
                 "MISSED" if missed(row) else "",
             )
         )
@@ -262,6 +311,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "predicted, s",
         "MB out",
         "whole / packed",
+        "new masks, s",
         "",
     )
     return table(columns, lines)
@@ -276,29 +326,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=STACK.layers)
     parser.add_argument("--whole-model", action="store_true", help="also GPT-2 Small, vocabulary and all, 2 ranks unshaped at 75 %%")
     parser.add_argument("--layouts", action="store_true", help="only the seconds to make the layouts of GPT-2 Small, of --ranks")
+    parser.add_argument("--throttle", action="store_true", help="throttle the process group instead of shaping links; needs no root")
     parser.add_argument("--out", type=Path, help="folder for wire_<hardware>_<date>.{json,md}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     size = replace(STACK, layers=args.layers)
     if args.worker:
-        worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size)
+        worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size, args.rates[0] if args.throttle else None)
         return 0
     if args.layouts:
         print(table(["ranks", "seconds to make the layouts"], [[ranks, f"{layouts(ranks):.2f}"] for ranks in args.ranks]))
         return 0
     words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds), "--layers", str(args.layers)]
-    links, rows = [Link(ranks, gbit) for ranks in args.ranks for gbit in args.rates], []
+    if not args.throttle and (reason := refusal()) is not None:
+        print(f"No links can be shaped here, so the process group is throttled. {reason}", file=sys.stderr)
+        args.throttle = True
+    how = " (process group throttled in process, no links; MB are counted)" if args.throttle else ""
+    links, rows = [Link(ranks, gbit, args.throttle) for ranks in args.ranks for gbit in args.rates], []
     for link in tqdm(links, desc="links"):
         rows += rows_of(link, launch(link, words))
-    tables = [f"## A stack of {size.layers} blocks of width {size.width}\n\n{report(rows)}"]
+    tables = [f"## A stack of {size.layers} blocks of width {size.width}{how}\n\n{report(rows)}"]
     if args.whole_model:
-        link = Link(2, 0)
+        link = Link(2, 0, args.throttle)
         whole = rows_of(link, launch(link, ["--sparsities", "0.75", "--rounds", "3", "--whole-model"]))
-        tables.append(f"## GPT-2 Small, {whole[0]['parameters']:,} parameters\n\n{report(whole)}")
+        tables.append(f"## GPT-2 Small, {whole[0]['parameters']:,} parameters{how}\n\n{report(whole)}")
         rows += whole
     print("\n".join(tables))
     if args.out:
-        print(write(args.out, "wire", {"goals": GOALS, "rows": rows}, tables))
+        print(write(args.out, "wire", {"goals": GOALS, "throttled": args.throttle, "rows": rows}, tables))
     return int(any(map(missed, rows)))
 
 

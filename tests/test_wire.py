@@ -16,7 +16,8 @@ def row(sparsity, gbit, step, communication):
     ratio = {key: Ratio(value, value, value, value, value) for key, value in values.items()}
     median = {"whole": {key: 4e6 * value for key, value in values.items()}, "packed": dict.fromkeys(values, 1e6)}
     return {"ranks": 2, "gbit": gbit, "measured_gbit": [1.0, 0.5], "sparsity": sparsity, "parameters": 9, "ratio": ratio} | {
-        "median": median
+        "median": median,
+        "follow": [0.2, 0.3],
     }
 
 
@@ -74,4 +75,19 @@ def test_packed_buffers_leave_the_interface(capsys):
     wire.main(["--ranks", "2", "--rates", "0", "--sparsities", "0.75", "--rounds", "1", "--layers", "1"])
     cells = capsys.readouterr().out.splitlines()[-2].split("|")
     assert "2 ranks, unshaped, 75 %" in cells[1]
-    assert float(cells[-3]) > 3
+    assert float(cells[-4]) > 3
+    assert float(cells[-3]) > 0
+
+
+@pytest.mark.slow
+def test_without_links_the_process_group_is_throttled(capsys, monkeypatch):
+    """18 MB whole at 1 Gbit/s: what is counted takes its time on the link at least."""
+    monkeypatch.setattr(wire, "refusal", lambda: "Got a kernel without them.")
+    wire.main(["--ranks", "2", "--rates", "1", "--sparsities", "0.75", "--rounds", "1", "--layers", "1"])
+    said = capsys.readouterr()
+    assert "process group is throttled. Got a kernel without them." in said.err
+    assert "throttled in process" in said.out
+    cells = said.out.splitlines()[-2].split("|")
+    (whole, packed), megabytes = ([float(part) for part in cells[column].split(":")] for column in (5, 8))
+    assert whole >= 8e-3 * megabytes[0] > 3 * 8e-3 * megabytes[1]
+    assert packed >= 8e-3 * megabytes[1]

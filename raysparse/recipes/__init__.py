@@ -5,6 +5,7 @@ from typing import Any
 from raysparse.config import Config
 from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain, zeroshot
 from raysparse.recipes.job import Job
+from raysparse.report import bytes_text
 
 MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
 """Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
@@ -32,8 +33,8 @@ def text(summary: dict[str, Any], job: Job) -> str:
             f"training FLOPs    {flops['counted']:.4g} counted, {flops['dense']:.4g} dense: {flops['reduction']:.2f}x "
             f"({flops['convention']}); counted = if zeros were skipped; the kernels executed {flops['executed']:.4g}",
             *_topology(summary),
-            f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
-            f"{summary['bytes_sent'] / 2**20:,.1f} MiB sent by each of {summary['workers']} workers at most",
+            f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, {summary['workers']} workers",
+            *_cost_of_a_worker(summary),
             f"model             {job.path / 'export'}",
         ]
     if "zeroshot" in summary:
@@ -52,6 +53,21 @@ def text(summary: dict[str, Any], job: Job) -> str:
         lines += [f"{name:<17} not scored: it {reason}" for name, reason in task["missing"].items()]
         lines += [f"remark            {task['remark']}"] if task["remark"] else []
     return "\n".join(lines)
+
+
+def _cost_of_a_worker(summary: dict[str, Any]) -> list[str]:
+    """Of the one that has most: what it sent in a step, and what it kept."""
+    steps, kept, lines = max(1, summary["steps"]), summary["memory_bytes"], []
+    if summary["bytes_sent"]:
+        sent, dense = bytes_text(summary["bytes_sent"] / steps), bytes_text(summary["dense_bytes_sent"] / steps)
+        seconds = summary["wire_seconds"] / steps
+        lines.append(f"sent in a step    {sent} by a worker at most, {dense} with its zeros; {seconds:.3g} s in collectives")
+    sizes = {name: bytes_text(size) for name, size in (kept | {"peak": summary["peak_memory_bytes"]}).items()}
+    return [
+        *lines,
+        "memory            {weights} weights, {gradients} gradients, {moments} moments ({dense_moments} if of all weights), "
+        "{peak} at the peak".format(**sizes),
+    ]
 
 
 def _topology(summary: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -274,12 +273,7 @@ def summarize(
     live = {name: t.nnz.get(name, prod(shape)) for name, shape in sparse.items()}
     nnz, total = sum(live.values()), sum(map(prod, sparse.values()))
     actual = 1 - nnz / total if total else 0.0
-    kept = state.memory_bytes or t.memory()  # a checkpoint of an earlier version has none
-    largest = torch.tensor(
-        [peak_memory_bytes(), state.bytes_sent, state.dense_bytes, state.wire_seconds, *kept.values()], dtype=torch.float64, device=t.device
-    )  # NCCL has no CPU tensors
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    peak, sent, dense_sent, wire_seconds, *sizes = largest.tolist()
+    largest = t.largest(state)
     return header(job, config, t.run) | {
         "model": {
             "class": type(t.sharded.module).__name__.removeprefix("FSDP"),
@@ -308,12 +302,12 @@ def summarize(
         "tokens": state.tokens,
         "seconds": state.seconds,
         "tokens_per_s": state.tokens / max(1e-9, state.seconds),
-        "bytes_sent": int(sent),
-        "dense_bytes_sent": int(dense_sent),
-        "wire_seconds": wire_seconds,
+        "bytes_sent": largest["bytes_sent"],
+        "dense_bytes_sent": largest["dense_bytes"],
+        "wire_seconds": largest["wire_seconds"],
         "packed": t.sharded.choice.facts(),
-        "memory_bytes": {name: int(size) for name, size in zip(kept, sizes, strict=True)},
-        "peak_memory_bytes": int(peak),
+        "memory_bytes": largest["memory_bytes"],
+        "peak_memory_bytes": int(t.all_max([peak_memory_bytes()])[0]),
     }
 
 

@@ -105,14 +105,14 @@ def _of_a_worker(runs: Sequence[Run]) -> Block:
     rows = []
     for run in runs:
         summary, kept = run.summary, run.summary["memory_bytes"]
-        sent, dense = (summary[key] / max(1, summary["steps"]) for key in ("bytes_sent", "dense_bytes_sent"))
+        sent, dense, seconds = (summary[key] / max(1, summary["steps"]) for key in ("bytes_sent", "dense_bytes_sent", "wire_seconds"))
         sizes = (kept["weights"], kept["gradients"], kept["moments"], kept["dense_moments"], summary["peak_memory_bytes"])
-        seconds = f"{summary['wire_seconds']:,.1f}"
-        rows.append((run.name, bytes_text(round(sent)), bytes_text(round(dense)), seconds, *map(bytes_text, sizes)))
-    columns = ("run", "sent/step", "unpacked", "in comm. s", "weights", "gradients", "moments", "if dense", "peak")
+        rows.append((run.name, bytes_text(sent), bytes_text(dense), f"{seconds:.3g} s", *map(bytes_text, sizes)))
+    columns = ("run", "sent/step", "unpacked", "in comm.", "weights", "gradients", "moments", "if dense", "peak")
     notes = (
-        "Of the worker that has most. Sent: weights gathered, gradients reduced and mask bits in a training step; unpacked: if live "
-        "weights and gradients were not sent alone. Moments: AdamW's, of live weights alone where masks allow; peak: of the whole process.",
+        "Of the worker that has most. Sent: weights gathered, gradients reduced and mask bits in a training step, which spent the "
+        "seconds in comm.; unpacked: if live weights and gradients were not sent alone. Moments: AdamW's, of live weights alone where "
+        "masks allow; peak: of the whole process.",
     )
     return Block("On the wire and in memory", columns, tuple(rows), notes)
 

@@ -9,6 +9,7 @@ an update of the topology looks at are sent whole.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -38,7 +39,7 @@ class Wire:
     def __init__(self) -> None:
         self.bytes_sent = self.dense_bytes = 0
         self._seconds = 0.0  # without those of `_events`
-        self._events: list[tuple[Any, Any]] = []
+        self._events: deque[tuple[Any, Any]] = deque()  # of the device, not all over yet
 
     def add(self, whole_bytes: int, size: int, passes: int = 1, dense: int | None = None) -> None:
         """Args:
@@ -51,10 +52,9 @@ class Wire:
     @property
     def seconds(self) -> float:
         """In collectives so far, packing included: of this thread on CPUs, of the device's streams on CUDA. Waits for the device."""
-        for first, last in self._events:
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
-        self._events.clear()
+        if self._events:
+            self._events[-1][1].synchronize()
+        self._settle()
         return self._seconds
 
     @property
@@ -71,10 +71,17 @@ class Wire:
             yield
             last.record()
             self._events.append((first, last))
+            self._settle()
         else:
             began = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - began
+
+    def _settle(self) -> None:
+        """Count the events that are over: no more of them are kept than the device is behind."""
+        while self._events and self._events[0][1].query():
+            first, last = self._events.popleft()
+            self._seconds += first.elapsed_time(last) / 1000
 
 
 def reduce_scatter(mine: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
@@ -115,7 +122,8 @@ class Layout:
     """Which elements live in the flat buffer of a unit.
 
     Attributes:
-        length: elements of the buffer on each rank, padding included.
+        rooms: elements of each parameter in the buffer, on each rank, padding included.
+        length: elements of the buffer on each rank.
         live: of each rank the live ones, as a matrix of one row.
         width: live elements of the rank that has most.
     """
@@ -126,9 +134,11 @@ class Layout:
         masks: whole masks of those that are sparse.
         """
         pieces: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+        self.rooms: list[int] = []
         for name, shape in shapes.items():
             rows, width = shape[0], math.prod(shape[1:])
             here = -(-rows // num_ranks)
+            self.rooms.append(here * width)
             device = next(iter(masks.values())).device
             mask = masks[name] if name in masks else torch.ones(rows, width, dtype=torch.bool, device=device)
             for rank, piece in enumerate(pieces):
@@ -161,15 +171,17 @@ class Exchange:
         whole_gradients: whether gradients of dead weights are to arrive too.
     """
 
-    def __init__(self, wire: Wire, rank: int, replicas: dist.ProcessGroup | None):
+    def __init__(self, wire: Wire, own: Sequence[Tensor], rank: int, replicas: dist.ProcessGroup | None):
         """Args:
+        own: this rank's rows of the unit's parameters, in the order of the buffer.
         rank: of this process among those that share a replica of the model.
         replicas: the processes that hold the same rows, where there are several.
         """
         self.layout: Layout | None = None
         self.packed = self.whole_gradients = False
         self.gather, self.scatter = _Gather(self), _Scatter(self)
-        self._wire, self._rank, self._replicas = wire, rank, replicas
+        self._wire, self._own, self._rank, self._replicas = wire, own, rank, replicas
+        self._is_known = False
 
     def weights(self, whole: Tensor, mine: Tensor, group: dist.ProcessGroup, send: Callable[[Tensor, Tensor], Any]) -> Any:
         """Gather `mine` [length] of all ranks into `whole` [ranks * length]."""
@@ -178,6 +190,7 @@ class Exchange:
             if layout is None:
                 self._wire.add(whole.nbytes, size)
                 return send(whole, mine)
+            self._know(mine, layout)
             packed = mine.new_empty(layout.width)
             layout.pack(mine, self._rank, packed)
             everyone = mine.new_empty(size, layout.width)
@@ -218,6 +231,18 @@ class Exchange:
             self._wire.add(packed.nbytes, size, passes=2, dense=mine.nbytes)
             all_reduce(packed, self._replicas)
             layout.live[self._rank].put(packed, mine)
+
+    def _know(self, mine: Tensor, layout: Layout) -> None:
+        """Once: FSDP2 does not tell in public in which order its buffer is, and elements of another one would be lost."""
+        if not self._is_known:
+            rooms = mine.split(layout.rooms)
+            for room, rows in zip(rooms, self._own, strict=True):
+                if not torch.equal(room[: rows.numel()], rows.detach().flatten().to(mine.dtype)):
+                    raise RuntimeError(
+                        f"Expected FSDP2 to gather a unit's parameters in the order of its groups. Got another one from torch "
+                        f"{torch.__version__}. Set sharding.packed=off."
+                    )
+        self._is_known = True
 
     def _gradient_layout(self, mine: Tensor) -> Layout | None:
         """Of a rank's part; None for one of another length too: FSDP2 leaves parameters out that have no gradient."""

@@ -143,7 +143,7 @@ def save(t: Training, state: State, interval: Interval) -> None:
     t.guard()
     _publish(t)
     interval.into(state)
-    extra = {"state": vars(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
+    extra = {"state": vars(state) | t.largest(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
     notes = {} if t.keeper is None else {HISTORY: t.keeper.journal()}
     path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=notes)
     t.saved = (path, state.step)
@@ -163,6 +163,7 @@ def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
     with interval.paused():
         loss, error = validate(t)
         judged = None if t.judge is None else t.judge(t)
+        t.sharded.rest()
     state.losses |= {"validation": loss, "validation_stderr": error}
     value = loss if judged is None else judged.badness
     if value < state.best_loss:

@@ -136,6 +136,9 @@ class Sharded(ABC):
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Run a micro-batch inside; gradients are reduced over ranks in the `last` one."""
 
+    def rest(self) -> None:  # noqa: B027
+        """After forward passes without a backward one: the next step finds nothing gathered."""
+
     @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """After the last backward: name -> this rank's rows of the summed gradient, also put into ``Part.local.grad``."""
@@ -191,7 +194,7 @@ class FSDP2(Sharded):
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for unit in [unit for unit in module.modules() if isinstance(unit, FSDPModule)]:
             own = [names.pop(id(parameter)) for parameter in _in_buffer(unit)]
-            exchange = Exchange(self.wire, shards.get_local_rank(), replicas)
+            exchange = Exchange(self.wire, [self.parts[name].local for name in own], shards.get_local_rank(), replicas)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_custom_all_gather(exchange.gather)
@@ -234,6 +237,11 @@ class FSDP2(Sharded):
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def rest(self) -> None:
+        for unit in self.module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def collect(self) -> dict[str, Tensor]:
         gradients = {}

@@ -1,10 +1,10 @@
 """What takes part in a run on one rank, and what of it a checkpoint keeps besides tensors."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -171,6 +171,24 @@ class Training:
             "moments": sum(value.nbytes for of in found for value in of.values()),
             "dense_moments": len(MOMENTS) * sum(sizes[name] for name in dense),
         }
+
+    def largest(self, state: State) -> dict[str, Any]:
+        """What the rank that has most of it sent and kept so far, as fields of `State`. Every rank calls this."""
+        memory = state.memory_bytes or self.memory()  # a checkpoint of an earlier version has none
+        seconds, *counts = self.all_max([state.wire_seconds, state.bytes_sent, state.dense_bytes, *memory.values()])
+        sent, dense, *sizes = map(int, counts)
+        return {
+            "bytes_sent": sent,
+            "dense_bytes": dense,
+            "wire_seconds": seconds,
+            "memory_bytes": dict(zip(memory, sizes, strict=True)),
+        }
+
+    def all_max(self, values: Sequence[float]) -> list[float]:
+        """The largest of each over every rank of the run; every rank calls this."""
+        found = torch.tensor(values, dtype=torch.float64, device=self.device)  # NCCL has no CPU tensors
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over every rank of the run, replicas too; every rank calls this."""

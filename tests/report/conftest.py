@@ -73,6 +73,9 @@ def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: flo
         "tokens_per_s": 20.0,
         "bytes_sent": 12_300_000,
         "workers": 2,
+        "dense_bytes_sent": 24_600_000,
+        "wire_seconds": 2.5,
+        "memory_bytes": {"weights": 4000, "gradients": 4000, "moments": round(8000 * (1 - sparsity / 2)), "dense_moments": 8000},
         "peak_memory_bytes": 4_000_000,
         "versions": {"torch": "2.13.0"},
     }

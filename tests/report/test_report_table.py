@@ -77,6 +77,23 @@ def test_bootstrap_wants_the_same_examples():
         paired_bootstrap("bleu", ["a"], ["a", "b"], [["a"]])
 
 
+def test_what_a_worker_sent_and_kept(write_run):
+    """Of a step: 12.3 MB in 20 steps, 24.6 MB as whole buffers, 2.5 s in collectives."""
+    block = comparison([read_run(write_run("sparse", sparsity=0.75))]).blocks[-1]
+    assert block.title == "On the wire and in memory"
+    assert dict(zip(block.columns, block.rows[0], strict=True)) == {
+        "run": "sparse",
+        "sent/step": "615.0 kB",
+        "unpacked": "1.2 MB",
+        "in comm.": "0.125 s",
+        "weights": "4.0 kB",
+        "gradients": "4.0 kB",
+        "moments": "5.0 kB",
+        "if dense": "8.0 kB",
+        "peak": "4.0 MB",
+    }
+
+
 def test_pretraining_block_holds_what_the_summary_says(write_run):
     skipping = write_run("sparse", sparsity=0.75, flops__executed=7e11, seconds=62.0)
     runs = [read_run(skipping), read_run(write_run("masked", sparsity=0.75)), read_run(write_run("dense"))]
@@ -273,7 +290,7 @@ def test_terminal_is_narrow_and_plain(write_run):
 def test_markdown_and_html_escape(write_run):
     table = comparison([read_run(write_run("placeholder", sparsity=0.5, name=NASTY)), read_run(write_run("dense"))])
     rows = [line for line in table.markdown().splitlines() if line.startswith("|")]
-    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {15}
+    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {15, 11}  # of both blocks
     assert "<script>" not in table.markdown()
     assert r"\*a\*" in table.markdown()
     assert "<script>" not in table.html()

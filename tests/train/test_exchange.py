@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raysparse.kernels.bits import unpack
 from raysparse.sparsity.topology import Topology
+from raysparse.train import shard
 from raysparse.train.exchange import WORTH, Choice, Layout
-from raysparse.train.loop import forward_backward, update
+from raysparse.train.interval import Interval
+from raysparse.train.loop import forward_backward, save, update
 from raysparse.train.shard import FSDP2, ShardingConfig
+from raysparse.train.state import State
 from tests.ranks import spawn
 from tests.train.steps import SPARSE, assemble, differences, run
 from tests.train.test_evolving import METHODS
@@ -125,14 +129,44 @@ def counted(folder, mode):
 
 
 def test_validation_is_not_counted(tmp_path):
-    """Nor what it sends. Embeddings that it has gathered are not gathered again by the next step."""
+    """Nor what it sends; and it leaves nothing gathered that a step would gather."""
     often, seldom = (
         spawn(run, 2, str(tmp_path / f"every {every}"), sections("on", training={"validate_every": every}), SPARSE) for every in (1, 7)
     )
     for one, other in zip(often, seldom, strict=True):
         assert one["sent"] > other["sent"] > other["state"]["bytes_sent"]
         for key in ("bytes_sent", "dense_bytes"):
-            assert 0.9 * other["state"][key] < one["state"][key] < other["state"][key]
+            assert one["state"][key] == other["state"][key]
+
+
+def counts_after_resuming(folder):
+    rank = dist.get_rank()
+    t, _ = assemble(folder, sections("on"), SPARSE)
+    save(t, State(step=1), Interval(t, State(bytes_sent=10 * rank, dense_bytes=10 - rank)))
+    t.checkpointer.wait()
+    _, state = assemble(folder, sections("on"), SPARSE)
+    grown = state.bytes_sent - t.sharded.wire.bytes_sent, state.dense_bytes - t.sharded.wire.dense_bytes
+    return *grown, state.memory_bytes["weights"], t.memory()["weights"]
+
+
+def test_a_resumed_run_goes_on_from_the_largest_counts(tmp_path):
+    told = spawn(counts_after_resuming, 2, str(tmp_path))
+    assert [one[:3] for one in told] == [(10, 10, max(one[3] for one in told))] * 2
+
+
+def in_another_order(folder):
+    in_buffer, shard._in_buffer = shard._in_buffer, lambda unit: in_buffer(unit)[::-1]
+    t, _ = assemble(folder, sections("on"), SPARSE)
+    shard._in_buffer = in_buffer
+    try:
+        forward_backward(t, 0)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_buffer_of_another_order_is_refused(tmp_path):
+    for said in spawn(in_another_order, 2, str(tmp_path)):
+        assert "Set sharding.packed=off" in said
 
 
 def test_bytes_are_counted_beside_those_of_whole_buffers(tmp_path):

@@ -16,7 +16,7 @@
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 #define AVX512 1
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
