@@ -79,10 +79,15 @@ def test_with_replicas(tmp_path, replicas):
         assert other["sent"] < 0.75 * one["sent"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_where_masks_evolve(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "ranks", "way"),
+    [*((method, 3, {}) for method in METHODS), ("rigl", 4, {"sharding": {"replicas": 2}}), ("mst", 3, WAYS["bfloat16"])],
+    ids=[*METHODS, "replicas", "bfloat16"],
+)
+def test_where_masks_evolve(tmp_path, method, ranks, way):
     """Gradients that growth looks at arrive whole, and buffers follow the new masks."""
-    whole, packed = (spawn(run, 3, str(tmp_path / mode), sections(mode, training=EVOLVING), METHODS[method]) for mode in ("off", "on"))
+    more = {"training": EVOLVING} | way
+    whole, packed = (spawn(run, ranks, str(tmp_path / mode), sections(mode, **more), METHODS[method]) for mode in ("off", "on"))
     for one, other in zip(whole, packed, strict=True):
         assert differences(one, other) == []
         assert other["sent"] < one["sent"]
