@@ -1,6 +1,9 @@
 """Packed buffers train the same bits as whole ones, whatever the ranks, and send fewer bytes."""
 
 import math
+import time
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +12,14 @@ from torch import nn
 
 from raysparse.kernels.bits import unpack
 from raysparse.sparsity.topology import Topology
-from raysparse.train import shard
+from raysparse.train import loop, shard
 from raysparse.train.exchange import WORTH, Choice, Layout
 from raysparse.train.interval import Interval
 from raysparse.train.loop import forward_backward, save, update
 from raysparse.train.shard import FSDP2, ShardingConfig
 from raysparse.train.state import State
 from tests.ranks import spawn
-from tests.train.steps import SPARSE, assemble, differences, run
+from tests.train.steps import SPARSE, assemble, differences, history, run, snapshot
 from tests.train.test_evolving import METHODS
 
 EVOLVING = {"length": 24, "sequences": 6, "micro": 3}
@@ -316,6 +319,40 @@ def test_the_slowest_rank_decides():
     choice.at(0.25)
     steps(choice, {True: 1.0, False: 2.0}, 10)
     assert not choice.packed
+
+
+def timed(folder, mode, slow):
+    """A run whose steps that are `slow` (packed or not) take 9 s longer by rank 1's clock, and the others 5 s longer by rank 0's.
+
+    Adds the bytes of all steps but the last, and what was chosen.
+    """
+    t, state = assemble(folder, sections(mode, training={"length": 13, "validate_every": 13}), SPARSE)
+    begin, late, sent = t.sharded.begin, 0, []
+
+    def begin_late(dense_gradient):
+        nonlocal late
+        late += (0, 9)[dist.get_rank()] if t.sharded.choice.packed == slow else (5, 0)[dist.get_rank()]
+        sent.append(t.sharded.wire.bytes_sent)
+        begin(dense_gradient)
+
+    t.sharded.begin, loop.time = begin_late, SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    loop.train(t, state)
+    steps = [after - before for before, after in pairwise(sent)]
+    return snapshot(t) | {"history": history(folder), "steps": steps, "facts": t.sharded.choice.facts()}
+
+
+def test_all_ranks_send_as_the_slowest_measures(tmp_path):
+    """Here rank 0 alone would choose the other way, and so disagree."""
+    whole, packed = (spawn(timed, 2, str(tmp_path / mode), mode, True) for mode in ("off", "on"))
+    for slow, verb in ((True, "whole"), (False, "packed")):
+        found = spawn(timed, 2, str(tmp_path / verb), "auto", slow)
+        ways = [False, *[False, True] * Choice.TURNS, *[not slow] * 3]
+        for one, other, auto in zip(whole, packed, found, strict=True):
+            assert differences(one, auto) == []
+            assert auto["steps"] == [b if way else a for way, a, b in zip(ways, one["steps"], other["steps"], strict=True)]
+            assert auto["facts"] == found[0]["facts"]
+        assert f"sharding: buffers are sent {verb}" in (tmp_path / verb / "console.txt").read_text()
+    assert max(packed[0]["steps"]) < min(whole[0]["steps"])
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
