@@ -270,6 +270,16 @@ def test_dying_anywhere_changes_nothing(alone, tmp_path, step, where):
     assert [r["step"] for r in records(tmp_path)[1:]] == [2, 4, 8, 10, 12, 14, 16, 20, 22]
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
+def test_packed_buffers_go_on_on_other_ranks(alone, tmp_path, before, after):
+    """They follow the masks of the checkpoint, which those of the beginning are no longer."""
+    sections = SECTIONS | {"checkpoint": {"every": 5}, "sharding": {"packed": "on"}}
+    spawn(run, before, str(tmp_path), sections, RIGL, 17)
+    for other in spawn(run, after, str(tmp_path), sections, RIGL):
+        assert differences(alone("rigl"), other) == []
+        assert other["state"]["bytes_sent"] < 0.75 * other["state"]["dense_bytes"]
+
+
 KILLED = """
 import os, signal, sys
 import torch
