@@ -115,7 +115,7 @@ def read_run(folder: str | Path) -> Run:
     summary = _read_summary(folder / "summary.json")
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
-    for number, record in _lines(folder / "metrics.jsonl"):
+    for number, record in json_lines(folder / "metrics.jsonl"):
         if "step" not in record or "tokens" not in record or not ({"loss", "validation_loss"} & record.keys()):
             raise ConfigError(
                 f"Expected step, tokens and loss or validation_loss in line {number} of {folder / 'metrics.jsonl'}. "
@@ -125,7 +125,7 @@ def read_run(folder: str | Path) -> Run:
     history = tuple(_history(folder / "topology.jsonl")) if (folder / "topology.jsonl").is_file() else ()
     predictions = None
     if (folder / "predictions.jsonl").is_file():
-        predictions = tuple(_prediction(folder, number, record) for number, record in _lines(folder / "predictions.jsonl"))
+        predictions = tuple(_prediction(folder, number, record) for number, record in json_lines(folder / "predictions.jsonl"))
     in_order = [tuple(kind[step] for step in sorted(kind)) for kind in (train, validation)]
     return Run(summary, in_order[0], in_order[1], history, predictions)
 
@@ -243,7 +243,8 @@ def _at(summary: Any, key: str) -> Any:
     return summary
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of every line that is not blank; a `ConfigError` at the first that is no object."""
     if not path.is_file():
         raise ConfigError(f"Expected a file at {path}. Got none there. Name the folder of a finished run.")
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -262,7 +263,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _history(path: Path) -> Iterator[dict[str, Any]]:
     """The versions of the topology, without the header before them."""
-    for number, record in _lines(path):
+    for number, record in json_lines(path):
         keys = {"attempt"} if number == 1 else {"step", "sparsity", "churn"}
         if keys - record.keys():
             raise ConfigError(

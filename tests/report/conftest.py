@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -32,6 +33,67 @@ def edit_metrics() -> Callable[..., None]:
 def write_predictions() -> Callable[..., None]:
     """``write_predictions(folder, hypotheses, references)``."""
     return _write_predictions
+
+
+@pytest.fixture
+def write_search(tmp_path: Path) -> Callable[..., Path]:
+    """``write_search(trials, **changes of search.yaml)`` -> the folder of a search; each trial is a dict of what differs from `TRIAL`."""
+    return partial(_write_search, tmp_path)
+
+
+TRIAL: dict[str, Any] = {
+    "status": "finished", "task": "docstrings", "sparsity": 0.0, "params": {"optimizer.lr": 0.001}, "seed": 0, "objective": 2.0,
+    "metric": "validation_loss", "lower_is_better": True, "error": None, "exported": False, "scores": {"bleu": 30.0},
+    "pretrain": None, "parent": ..., "hypotheses": None, "changes": {},
+}  # fmt: skip
+"""``sparsity`` is that of the parent, or of a pre-training itself; ``hypotheses`` are set against `REFERENCES`; ``changes`` are those
+of `write_run`. Of the parent as of the trial 1e12 (1 - sparsity / 2) FLOPs are counted and 100 s measured."""
+
+REFERENCES = [["one fish"], ["two fish"], ["red fish"], ["blue fish"]]
+
+
+def _write_search(root: Path, trials: list[dict[str, Any]], /, **changes: Any) -> Path:
+    folder, lines = root / changes.pop("folder", "search"), []
+    (folder / "trials").mkdir(parents=True)
+    named = dict.fromkeys(told["task"] for told in (TRIAL | trial for trial in trials) if told["task"])
+    space = {"optimizer.lr": {"loguniform": [1e-5, 1e-3]}}
+    config: dict[str, Any] = {
+        "run": {"name": "demo", "folder": str(root), "workers": 1},
+        "pretrain": {"files": ["pretrain.yaml"], "set": {"training.steps": 20}, "space": {"sparsity.target": {"choice": [0, 0.5, 0.75]}}},
+        "tasks": {name: {"files": [f"{name}.yaml"], "set": {}, "space": space} for name in named},
+        "algorithm": {"type": "grid"},
+        "scheduler": {"type": "asha", "grace": 10},
+        "seeds": [0, 1],
+        "metric": "auto",
+        "tolerance": 0.5,
+    }
+    (folder / "search.yaml").write_text(yaml.safe_dump(config | changes))
+    for i, trial in enumerate(trials):
+        lines.append(_write_trial(root, folder, i, TRIAL | trial))
+    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _write_trial(root: Path, folder: Path, i: int, told: dict[str, Any]) -> dict[str, Any]:
+    """Leaves the trial's run, and its parent's; returns the line of trials.jsonl."""
+    task, sparsity, name = told["task"], told["sparsity"], told.get("folder", f"trials/t{i}")
+    parent = root / f"pretrain-{sparsity}" if task and told["parent"] is ... else told["parent"] if task else None
+    if isinstance(parent, Path) and not parent.exists():
+        _write_run(root, parent.name, sparsity=sparsity)
+    if told["status"] == "finished":
+        of_task = {"name": task, "primary": next(iter(told["scores"])), "num_examples": 4, "scores": told["scores"], "baseline": {}}
+        changes = {"task": of_task, "parent": f"pretrain-{sparsity}"} if task else {}
+        _write_run(folder, name, "finetune" if task else "pretrain", 0.0 if task else sparsity, **changes | told["changes"])
+        if told["hypotheses"] is not None:
+            _write_predictions(folder / name, told["hypotheses"], REFERENCES)
+    else:
+        (folder / name).mkdir(parents=True)
+    if told["status"] == "stopped":
+        (folder / name / "metrics.jsonl").write_text('{"step": 5, "tokens": 500, "validation_loss": 3.5}\n{"step": 6, "tok')
+    line = {key: told[key] for key in ("status", "task", "params", "seed", "metric", "lower_is_better", "objective", "error", "exported")}
+    pretrain = {"sparsity.target": sparsity} if told["pretrain"] is None else told["pretrain"]
+    command = f"raysparse {'finetune' if task else 'pretrain'} {task or 'pretrain'}.yaml run.name=t{i}"
+    return line | {"folder": name, "pretrain": pretrain, "parent": None if parent is None else str(parent), "command": command}
 
 
 def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: float = 0.0, **changes: Any) -> Path:
