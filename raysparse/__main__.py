@@ -89,7 +89,7 @@ REPORT_HELP = (
     "say what a hyper-parameter search found: how sparse the model may be, and what that rests on",
     """Of each task: scores of every sparsity over the seeds of its best settings, the difference to dense, counted FLOPs and measured
 seconds end to end, and the recommendation: of the sparsities that lose at most the tolerance against dense, the one with the
-fewest counted FLOPs, with its confidence (docs/analyses.md). Settings are chosen on the validation split, scores are those of the test
+fewest counted FLOPs, with its confidence. Settings are chosen on the validation split, scores are those of the test
 split. The search may still be going on, or have been stopped: what has finished counts.
 
 Writes into the search's folder, in the place of an earlier report:

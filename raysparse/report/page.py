@@ -250,6 +250,7 @@ th { font-weight: 600; }
 thead th { color: var(--soft); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); background-clip: padding-box; }
 tbody th { min-width: 7.5rem; max-width: 16rem; white-space: normal; overflow-wrap: break-word; }
+.words th, .words td { text-align: left; white-space: normal; overflow-wrap: break-word; vertical-align: top; }
 .plots { display: grid; gap: 1.6rem 2rem; align-items: start; }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .plots svg { display: block; width: 100%; height: auto; max-width: 560px; }

@@ -73,7 +73,7 @@ def _skips(result: Result) -> bool:
 def _seeds(search: Search, cell: Cell, label: str) -> Iterator[str]:
     about, wanted = f"{task_title(cell.task)}, {label}", len(search.config["seeds"])
     if not cell.chosen:
-        yield f"{about}: none of its {len(cell.trials)} trials finished."
+        yield f"{about}: no trial finished, of {len(cell.trials)}."
     elif len(cell.chosen) < max(2, wanted):
         few = f"{len(cell.chosen)} of {wanted} seeds" if len(cell.chosen) < wanted else "one seed"
         yield f"{about}: too few seeds, the chosen settings finished with {few}."

@@ -126,10 +126,10 @@ class Report:
         for block in self._results:
             yield block.html()
         yield "<h2>What it costs, how it learned, which settings mattered</h2>"
-        yield f'<div class="plots">{"".join(self._plots())}</div>'
+        for found in self.findings:
+            yield f'<div class="plots">{"".join(self._plots(found))}</div>'
         yield "<h2>What was searched</h2>"
-        yield tables.plan_block(search).html()
-        yield tables.space_block(search).html()
+        yield f'<div class="words">{tables.plan_block(search).html()}{tables.space_block(search).html()}</div>'
         if failed := tables.failures(search):
             yield f"<p>Failed trials:</p>{bullets(failed)}"
         yield "<h2>What did not work</h2>"
@@ -143,28 +143,28 @@ class Report:
         why = "recommended" if found.recommended else "best on the validation split"
         return f"{tables.task_title(found.task)}, {found.winner.label} ({why}), the seed that validates best:"
 
-    def _plots(self) -> Iterator[str]:
-        for found in self.findings:
-            cells, title = self.search.of(found.task), tables.task_title(found.task)
-            metric = tables.score_name(found.metric)
-            corner = "lower" if found.lower_is_better else "upper"
-            yield figure(
-                pareto_panels(found, cells, metric),
-                f"{title}: faint, every finished trial; marked, the mean of the settings chosen at each sparsity. The line joins those "
-                f"that no other beats; better is towards the {corner} left corner."
-                + (f" Dotted: {self.tolerance:g} worse than dense." if found.dense else ""),
+    def _plots(self, found: Finding) -> Iterator[str]:
+        cells, title = self.search.of(found.task), tables.task_title(found.task)
+        corner = "lower" if found.lower_is_better else "upper"
+        yield figure(
+            pareto_panels(found, cells, tables.score_name(found.metric)),
+            f"{title}: faint, every finished trial; marked, the mean of the settings chosen at each sparsity. The line joins those that no "
+            f"other beats; better is towards the {corner} left corner."
+            + (f" Dotted: {self.tolerance:g} worse than dense." if found.dense else ""),
+        )
+        curves = figure(
+            learning_curves(cells),
+            f"{title}: validation loss of every trial; strong lines are the chosen settings. Trials that ended early are thin and end in a "
+            "cross.",
+        )
+        bars = ""
+        if shares := importance(cells):
+            bars = figure(
+                importance_bars(shares),
+                f"{title}: share of the variance of the objective over finished trials that a setting explains by itself (eta squared). A "
+                "bar no longer than its mark says nothing.",
             )
-            yield figure(
-                learning_curves(cells),
-                f"{title}: validation loss of every trial; strong lines are the chosen settings. Trials that ended early are thin and "
-                "end in a cross.",
-            )
-            if shares := importance(cells):
-                yield figure(
-                    importance_bars(shares),
-                    f"{title}: share of the variance of the objective over finished trials that a setting explains by itself "
-                    "(eta squared). A bar no longer than its mark says nothing.",
-                )
+        yield f"<div>{curves}{bars}</div>"
 
     def _markdown(self) -> Iterator[str]:
         search = self.search

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from raysparse.report.drawing import COLOURS, INK, canvas, dots, fill, short, stroke, style, svg, times_ten
 from raysparse.report.search import Cell
@@ -74,6 +77,7 @@ def learning_curves(cells: Sequence[Cell]) -> str:
             room = 0.06 * (top - bottom) or 0.1
             axes.set_ylim(bottom - room, top + room)
         axes.set(xlabel="training steps of the trial", ylabel="validation loss (nats)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=3.5)
         return svg(figure, "Validation loss over steps, by trial")
 
@@ -88,7 +92,8 @@ def importance_bars(shares: Mapping[str, tuple[float, float]]) -> str:
         axes.plot([100 * chance for _, chance in shares.values()], places, linestyle="", **dots(1), label="values dealt at random would")
         axes.set_yticks(places, [short(name, 26) for name in shares], fontsize=8)
         axes.set(xlim=(0, 102), ylim=(len(shares) - 0.5, -0.5), xlabel="variance of the objective explained (%)")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=2)
         return svg(figure, "Which settings mattered")
 
 
@@ -117,10 +122,17 @@ def _means(finding: Finding, cells: Sequence[Cell], what: str, scale: float) -> 
 
 
 def _write_labels(axes: Any, points: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """The label of each point beside it, clear of the other labels and points where there is room."""
+    """The label of each point beside it, clear of the other labels, of points and of lines where there is room."""
     pixel = axes.figure.dpi / 72
     at = [axes.transData.transform(place) / pixel for _, place in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
+    faint = [place for line in axes.lines if line.get_linestyle() == "None" for place in line.get_xydata()]
+    taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in (axes.transData.transform(place) / pixel for place in faint)]
+    for line in axes.lines:  # the front and the tolerance, as a string of small boxes
+        if line.get_linestyle() != "None" and len(places := line.get_transform().transform(line.get_xydata()) / pixel) > 1:
+            for one, other in pairwise(places):
+                count = 2 + int(max(abs(other - one)) // 3)
+                taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in zip(*map(np.linspace, one, other, (count, count)), strict=True)]
     (left, bottom), (right, top) = axes.get_window_extent().get_points() / pixel
     for (label, place), here in zip(points, at, strict=True):
         width, boxes = 4.8 * len(label), []
@@ -128,7 +140,8 @@ def _write_labels(axes: Any, points: Sequence[tuple[str, tuple[float, float]]]) 
             x, y = here[0] + dx - (width if dx < 0 else width / 2 if dx == 0 else 0), here[1] + dy
             box = (x, y - 2, x + width, y + 8)
             inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
-            boxes.append((sum(map(_overlap, taken, [box] * len(taken))) + (0 if inside else 1e3), len(boxes), (dx, dy), box))
+            blame = sum(_overlap(one, box) for one in taken) + 2 * math.hypot(dx, dy) + (0 if inside else 1e3)
+            boxes.append((blame, len(boxes), (dx, dy), box))
         _, _, offset, box = min(boxes)
         taken.append(box)
         side = "right" if offset[0] < 0 else "center" if offset[0] == 0 else "left"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from raysparse.report import percent
@@ -32,9 +31,10 @@ def question(findings: Sequence[Finding]) -> str:
 
 def answer(finding: Finding) -> str:
     """One sentence or two: the recommended sparsity, what it saves, and how sure that is."""
-    told, dense, best = f"{finding.task}: " if finding.task else "", finding.dense, finding.winner
+    told, dense, best = f"{task_title(finding.task)}: ", finding.dense, finding.winner
     bound = f"at most {finding.tolerance:g} {score_name(finding.metric)} {'above' if finding.lower_is_better else 'below'} dense"
-    with_settings = f" with {settings_text(best.cell.best)}" if best.cell.best else ""
+    chosen = settings_text(best.cell.best or {})
+    with_settings = f" with {chosen}" if chosen else ""
     if dense is None:
         return (
             f"{told}nothing can be compared, for no dense trial (sparsity 0) finished. Best on the validation split: "
@@ -47,13 +47,14 @@ def answer(finding: Finding) -> str:
     if best is not dense:
         saved = f"{best.label}, {best.reduction:.2f}x fewer FLOPs, {confidence(best)}"
         scores = f"{_score(best, finding.metric)} against {_score(dense, finding.metric)} dense"
-        return f"{told}{bound}: {saved}. It scores {scores}{with_settings}."
+        return f"{told}{bound}: {saved}. That is {scores}{f'; settings {chosen}' if chosen else ''}."
     within = [result.label for result in finding.results if result.judged and result.judged.loss <= finding.tolerance]
     if within:
         return f"{told}{bound}: dense is recommended. {', '.join(within)} would do, but no fewer FLOPs are counted for it."
     judged = [(result.judged.loss, result.label) for result in finding.results if result.judged and not math.isnan(result.judged.loss)]
     nearest = " The nearest is {1}, {0:.{2}f} worse.".format(*min(judged), digits(finding.metric)) if judged else ""
-    return f"{told}nothing sparse is {bound}: dense is recommended, {_score(dense, finding.metric)}{with_settings}.{nearest}"
+    nothing = f"nothing sparse is within {finding.tolerance:g} {score_name(finding.metric)} of dense"
+    return f"{told}{nothing}: dense is recommended, {_score(dense, finding.metric)}{with_settings}.{nearest}"
 
 
 def confidence(result: Result) -> str:
@@ -105,7 +106,7 @@ def task_block(search: Search, finding: Finding) -> Block:
 
 def _cells(finding: Finding, result: Result, others: Sequence[str]) -> tuple[str, ...]:
     judged, dense = result.judged, finding.dense
-    share = "" if judged is None else "?" if judged.confidence is None else f"{100 * judged.confidence:.1f} %"
+    share = "" if judged is None else "?" if judged.confidence is None else f"{100 * judged.confidence:.0f} %"
     time = f"{result.seconds / dense.seconds:.2f}x" if dense and dense is not result and result.seconds and dense.seconds else ""
     return (
         *(_score(result, finding.metric), judged.difference.text(digits(finding.metric)) if judged else "", share),
@@ -127,7 +128,8 @@ def _task_notes(finding: Finding) -> Iterator[str]:
     )
     yield (
         "FLOPs are counted: training FLOPs if zeros were skipped; seconds are measured. Both are end to end, that is with the "
-        "pre-training. Reduction is dense / counted; time is these seconds / the dense ones."
+        "pre-training. Reduction is dense / counted; time is these seconds / the dense ones. Trials that ran side by "
+        "side shared the machine."
     )
     if finding.recommended:
         yield "* recommended."
@@ -135,7 +137,7 @@ def _task_notes(finding: Finding) -> Iterator[str]:
     if bases:
         yield (
             f"Confidence: share of {RESAMPLES:,} resamples of {' or of '.join(bases)} in which the loss against dense is at most "
-            f"{finding.tolerance:g}; the same examples for all systems."
+            f"{finding.tolerance:g}."
         )
     yield from _marks_of([finding])
     told = {trial.run.summary["task"].get("remark", "") for r in finding.results for trial in r.cell.chosen if trial.task and trial.run}
@@ -218,8 +220,7 @@ def reproduce(search: Search, finding: Finding) -> tuple[str, list[str]]:
     else:
         sentences.append("Its exported model is no longer there; the command makes it again.")
     if trial.parent:
-        config = Path(trial.parent) / "config.yaml"
-        sentences.append(f"It started from {trial.parent}; `raysparse pretrain {config}` makes that again.")
+        sentences.append(f"It started from {trial.parent}, whose config.yaml holds its pre-training.")
     return command, sentences
 
 

@@ -212,7 +212,7 @@ def test_without_dense_nothing_is_compared(write_search):
 
 def test_dense_is_recommended_plainly(write_search):
     report = read_report(write_search(THREE), 0.1)
-    assert "docstrings: nothing sparse is at most 0.1 bleu below dense: dense is recommended, 30.50 ± 0.71" in report.answers[0]
+    assert "docstrings: nothing sparse is within 0.1 bleu of dense: dense is recommended, 30.50 ± 0.71" in report.answers[0]
     assert "The nearest is 50 %, 0.20 worse." in report.answers[0]
     costly = [trial | {"changes": {"flops__counted": 9e12}} if trial["sparsity"] else trial for trial in THREE[:4]]
     assert "50 % would do, but no fewer FLOPs are counted" in read_report(write_search(costly, folder="costly")).answers[0]
@@ -330,7 +330,7 @@ def test_the_page_tells_failures_and_what_did_not_work(write_search):
     for text in (
         "1 of 9 trials (11 %) were stopped early (asha (grace=10))",
         "2 of 9 trials failed",
-        "docstrings, 90 %: none of its 1 trials finished",
+        "docstrings, 90 %: no trial finished, of 1.",
         "75 % is worse than dense: -2.00 bleu (more than noise)",
         "50 % 200 s (1.00x), 75 % 200 s (1.00x) against 200 s dense: the zeros saved no time here",
     ):
