@@ -139,6 +139,9 @@ def _task_notes(finding: Finding) -> Iterator[str]:
             f"Confidence: share of {RESAMPLES:,} resamples of {' or of '.join(bases)} in which the loss against dense is at most "
             f"{finding.tolerance:g}."
         )
+    few = min(len(result.cell.chosen) for result in finding.results)
+    if any("seeds" in basis for basis in bases) and few < 5:
+        yield f"Resamples of {few} seeds hold no others: with so few, confidence and noise are known roughly, and look too certain."
     yield from _marks_of([finding])
     told = {trial.run.summary["task"].get("remark", "") for r in finding.results for trial in r.cell.chosen if trial.task and trial.run}
     yield from (f"Remark: {remark}." for remark in sorted(told - {""}))

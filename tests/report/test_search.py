@@ -343,6 +343,12 @@ def test_the_page_tells_failures_and_what_did_not_work(write_search):
     assert any("50 %: too few seeds, the chosen settings finished with 1 of 2 seeds" in line for line in few)
 
 
+def test_few_seeds_look_too_certain(write_search):
+    many = [trial for sparsity in (0.0, 0.5) for trial in seeds(sparsity, *(30.0 + k / 10 for k in range(5)))]
+    assert "Resamples of 2 seeds hold no others" in read_report(write_search(THREE)).terminal()
+    assert "hold no others" not in read_report(write_search(many, folder="many")).terminal()
+
+
 def test_zeros_that_kernels_skipped_may_save_time(write_search):
     fast = [trial | {"changes": {"seconds": 50.0} if trial["sparsity"] else {}} for trial in THREE[:4]]
     assert any(
