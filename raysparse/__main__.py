@@ -13,6 +13,7 @@ raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, 
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
+raysparse report    runs/tune-demo                              of a search: which sparsity to take, and what it rests on
 raysparse analyze   overlap runs/rigl runs/set                  tables and pictures of models, topologies and runs
 raysparse doctor                                                which kernels run on this machine, right and how fast
 """
@@ -84,6 +85,26 @@ examples:
 """Short and long help of `raysparse analyze`."""
 
 
+REPORT_HELP = (
+    "say what a hyper-parameter search found: how sparse the model may be, and what that rests on",
+    """Of each task: scores of every sparsity over the seeds of its best settings, the difference to dense, counted FLOPs and measured
+seconds end to end, and the recommendation: of the sparsities that lose at most the tolerance against dense, the one with the
+fewest counted FLOPs, with its confidence. Settings are chosen on the validation split, scores are those of the test
+split. The search may still be going on, or have been stopped: what has finished counts.
+
+Writes into the search's folder, in the place of an earlier report:
+  report.html    the page: answer, tables, Pareto plots, learning curves, what mattered, what did not work, how to reproduce
+  report.md      the same without pictures
+  results.csv    a row a trial
+  tensorboard/   a sub-run a trial, for the HParams tab
+
+examples:
+  raysparse report runs/tune-demo
+  raysparse report runs/tune-demo --tolerance 1.0 --json""",
+)
+"""Short and long help of `raysparse report`."""
+
+
 DOCTOR_HELP = (
     "show which kernels run on this machine, whether sparse layers are right, and how fast",
     """Sparse layers on a CPU skip their zeros in native code, of which raysparse builds up to three kinds when it is installed: avx512
@@ -150,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _score(args)
         if args.verb == "analyze":
             return _analyze(args)
+        if args.verb == "report":
+            return _report(args)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
@@ -294,6 +317,18 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from raysparse.report.search_page import read_report
+
+    if len(args.words) != 1:
+        raise ConfigError(f"Expected one SEARCH_DIR. Got {len(args.words)}. Example: raysparse report runs/tune-demo")
+    report = read_report(args.words[0], args.tolerance)
+    report.write()
+    print(json.dumps(report.facts, indent=1) if args.json else report.terminal())
+    print(f"written: {', '.join(map(str, report.files.values()))}", file=sys.stderr)
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from raysparse.recipes import score
 
@@ -370,6 +405,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("what", choices=["distance", "weights", "overlap", "finetuning", "difficulty"], metavar="WHAT", help="see above")
     sub.add_argument("words", nargs="+", metavar="PATH", help="models, topologies or runs")
     sub.add_argument("--out", default="analysis", metavar="FOLDER", help="where the files are written (default: analysis)")
+    sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    sub = verbs.add_parser("report", help=REPORT_HELP[0], description=f"{REPORT_HELP[0]}.\n\n{REPORT_HELP[1]}", formatter_class=form)
+    sub.add_argument("words", nargs="+", metavar="SEARCH_DIR", help="the folder of a search")
+    sub.add_argument("--tolerance", type=float, metavar="X", help="loss of score that you accept (default: the search's own)")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     sub = verbs.add_parser("doctor", help=DOCTOR_HELP[0], description=f"{DOCTOR_HELP[0]}.\n\n{DOCTOR_HELP[1]}", formatter_class=form)
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")

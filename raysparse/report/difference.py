@@ -71,6 +71,26 @@ def _resampled(
     return scores, [additive.of_sums(total) for total in all_sums.sum(axis=1)]
 
 
+def resampled_scores(runs: Sequence[Run], resamples: int = 1000) -> np.ndarray | None:
+    """The primary metric of each run of one task on resamples of its test examples, the same ones for all: [runs, resamples].
+
+    None where the metric is not `Additive` or a run left no predictions.
+    """
+    if not runs or _additive(metric := runs[0].summary["task"]["primary"]) is None or any(run.predictions is None for run in runs):
+        return None
+    for run in runs[1:]:
+        _check_references(run, runs[0])
+    systems = [[hypothesis for hypothesis, _ in run.predictions or ()] for run in runs]
+    scores, whole = _resampled(metric, systems, [references for _, references in runs[0].predictions or ()], resamples)
+    for run, score in zip(runs, whole, strict=True):
+        if abs(score - run.score) > 0.1:
+            raise ConfigError(
+                f"Expected the {metric} {run.score:.2f} of {run.name} from its predictions. Got {score:.2f}. "
+                "predictions.jsonl belongs to another split or scorer: evaluate again."
+            )
+    return scores
+
+
 def score_interval(run: Run) -> str:
     """The 95 % bootstrap interval of a run's primary metric, as text; a dash where it cannot be judged."""
     metric = run.summary["task"]["primary"]
@@ -107,11 +127,7 @@ def task_difference(run: Run, twin: Run) -> Difference:
     metric = run.summary["task"]["primary"]
     if _additive(metric) is None or run.predictions is None or twin.predictions is None:
         return Difference(value)
-    if [references for _, references in run.predictions] != [references for _, references in twin.predictions]:
-        raise ConfigError(
-            f"Expected predictions of {run.name} and {twin.name} for the same references. Got different ones. "
-            "Evaluate both on the same split."
-        )
+    _check_references(run, twin)
     ours, theirs = ([hypothesis for hypothesis, _ in side.predictions or ()] for side in (run, twin))
     judged = paired_bootstrap(metric, ours, theirs, [references for _, references in run.predictions])
     if abs(judged.value - value) > 0.1:
@@ -120,3 +136,12 @@ def task_difference(run: Run, twin: Run) -> Difference:
             f"Got {judged.value:+.2f}. predictions.jsonl belongs to another split or scorer: evaluate again."
         )
     return Difference(value, judged.low, judged.high)
+
+
+def _check_references(run: Run, twin: Run) -> None:
+    ours, theirs = ([references for _, references in side.predictions or ()] for side in (run, twin))
+    if ours != theirs:
+        raise ConfigError(
+            f"Expected predictions of {run.name} and {twin.name} for the same references. Got different ones. "
+            "Evaluate both on the same split."
+        )

@@ -40,18 +40,23 @@ _WIDTH = 4.6  # inches; a picture fills a telephone's width without shrinking it
 
 
 def stroke(i: int) -> dict[str, Any]:
-    """The line of the i-th run."""
-    return {"color": COLOURS[i % 4], "linestyle": _DASHES[i % 4], "linewidth": 1.2}
+    """The line of the i-th run; 16 differ."""
+    return {"color": COLOURS[i % 4], "linestyle": _DASHES[_turn(i)], "linewidth": 1.2}
 
 
 def dots(i: int) -> dict[str, Any]:
     """The markers of the i-th run."""
-    return {"color": COLOURS[i % 4], "marker": _MARKERS[i % 4], "markersize": 4}
+    return {"color": COLOURS[i % 4], "marker": _MARKERS[_turn(i)], "markersize": 4}
 
 
 def fill(i: int) -> dict[str, Any]:
     """The bars of the i-th run."""
-    return {"facecolor": COLOURS[i % 4], "hatch": _HATCHES[i % 4], "edgecolor": INK, "linewidth": 0.4}
+    return {"facecolor": COLOURS[i % 4], "hatch": _HATCHES[_turn(i)], "edgecolor": INK, "linewidth": 0.4}
+
+
+def _turn(i: int) -> int:
+    """Of the dashes, markers or hatches the one for the i-th run: each time that the colours start again it is another."""
+    return (i + i // 4) % 4
 
 
 def smoothed(points: Sequence[tuple[float, float]], at_most: int = 400) -> list[tuple[float, float]]:

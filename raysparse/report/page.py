@@ -41,21 +41,45 @@ def write_page(path: str | Path, title: str, runs: Sequence[Run], distances: Map
     """
     table = comparison(runs)
     parts = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="question">{_text(notes.question)}</p>',
-        f'<p class="answer">{_text(" ".join([*_answer(runs), table.time]))}</p>',
+        f"<h1>{text(title)}</h1>",
+        f'<p class="question">{text(notes.question)}</p>',
+        f'<p class="answer">{text(" ".join([*_answer(runs), table.time]))}</p>',
         *(block.html() for block in table.blocks),
         "<h2>What the runs look like</h2>",
         f'<div class="plots">{"".join(_plots(runs, distances))}</div>',
         "<h2>What did not work</h2>",
-        _list([*_negative(runs, table.time), *notes.negative]),
-        *(["<h2>Remarks</h2>", _list(notes.remarks)] if notes.remarks else []),
+        bullets([*_negative(runs, table.time), *notes.negative]),
+        *(["<h2>Remarks</h2>", bullets(notes.remarks)] if notes.remarks else []),
         "<h2>How to reproduce</h2>",
         *_reproduce(runs, notes.commands),
     ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.replace("BODY", "\n".join(parts), 1).replace("TITLE", _text(title), 1), encoding="utf-8")
+    path.write_text(page(title, parts), encoding="utf-8")
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """The whole page, of parts that are HTML."""
+    return _PAGE.replace("BODY", "\n".join(parts), 1).replace("TITLE", text(title), 1)
+
+
+def figure(svg: str, caption: str) -> str:
+    """A picture, to stand in ``<div class="plots">``."""
+    return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>\n"
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{text(sentence)}</li>' for sentence in sentences)}</ul>"
+
+
+def preformatted(lines: Sequence[str]) -> str:
+    """Lines to paste; they scroll."""
+    return f'<pre class="scroll" tabindex="0">{text(chr(10).join(lines))}</pre>'
+
+
+def text(plain: str) -> str:
+    """Plain text as HTML."""
+    return html.escape(plain)
 
 
 def _answer(runs: Sequence[Run]) -> Iterator[str]:
@@ -132,23 +156,23 @@ def _plots(runs: Sequence[Run], distances: Mapping[str, Mapping[str, float]]) ->
     pretrained, finetuned = runs_of(runs, "pretrain"), runs_of(runs, "finetune")
     if pretrained:
         see = "the gap in the lower picture is what sparsity cost, and every run must end below the dotted line"
-        yield _figure(loss_curves(pretrained), f"Pre-training: lines are training, markers validation; {see}.")
+        yield figure(loss_curves(pretrained), f"Pre-training: lines are training, markers validation; {see}.")
     if finetuned:
         see = "a validation curve that turns up while training goes down is over-fitting"
-        yield _figure(loss_curves(finetuned), f"Fine-tuning: lines are training, markers validation; {see}.")
+        yield figure(loss_curves(finetuned), f"Fine-tuning: lines are training, markers validation; {see}.")
     if equal_flops_text(pretrained):
         see = "of two curves in the lower picture the lower one is better for the same counted FLOPs."
-        yield _figure(
+        yield figure(
             flops_curves(pretrained), f"Counted FLOPs spent, and loss over them (the dotted line: all that the cheapest spent): {see}"
         )
     if any(run.evolves for run in pretrained):
-        yield _figure(topology_curves(pretrained), _topology_caption(pretrained))
+        yield figure(topology_curves(pretrained), _topology_caption(pretrained))
     if any(run.summary["sparsity"]["actual"] > 0 for run in pretrained):
-        yield _figure(layer_sparsity(pretrained), "Equal bars mean that every weight matrix lost the same share of its weights.")
+        yield figure(layer_sparsity(pretrained), "Equal bars mean that every weight matrix lost the same share of its weights.")
     if distances:
-        yield _figure(distance_maps(distances), _distance_caption(distances))
+        yield figure(distance_maps(distances), _distance_caption(distances))
     if pretrained:
-        yield _figure(cost_bars(pretrained), "Measured, not counted: bars of equal length mean that masks saved nothing.")
+        yield figure(cost_bars(pretrained), "Measured, not counted: bars of equal length mean that masks saved nothing.")
 
 
 def _topology_caption(runs: Sequence[Run]) -> str:
@@ -176,7 +200,7 @@ def _distance_caption(distances: Mapping[str, Mapping[str, float]]) -> str:
 
 def _reproduce(runs: Sequence[Run], commands: Sequence[str]) -> Iterator[str]:
     if commands:
-        yield f'<pre class="scroll" tabindex="0">{_text(chr(10).join(commands))}</pre>'
+        yield preformatted(commands)
     columns = ("run", "verb", "config digest", "mask digest", "steps", "tokens", "workers", "peak memory")
     rows = []
     for run in (*runs_of(runs, "pretrain"), *runs_of(runs, "finetune")):
@@ -190,19 +214,7 @@ def _reproduce(runs: Sequence[Run], commands: Sequence[str]) -> Iterator[str]:
         versions = {"raysparse": run.summary["raysparse"], **run.summary["versions"]}
         made.setdefault(", ".join(f"{name} {version}" for name, version in versions.items()), []).append(run.name)
     for versions, names in made.items():
-        yield f"<p>{_text(versions)}{_text(' (' + ', '.join(names) + ')') if len(made) > 1 else ''}</p>"
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>\n"
-
-
-def _list(sentences: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(sentence)}</li>' for sentence in sentences)}</ul>"
-
-
-def _text(text: str) -> str:
-    return html.escape(text)
+        yield f"<p>{text(versions)}{text(' (' + ', '.join(names) + ')') if len(made) > 1 else ''}</p>"
 
 
 _PAGE = """<!DOCTYPE html>
@@ -238,6 +250,7 @@ th { font-weight: 600; }
 thead th { color: var(--soft); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); background-clip: padding-box; }
 tbody th { min-width: 7.5rem; max-width: 16rem; white-space: normal; overflow-wrap: break-word; }
+.words th, .words td { text-align: left; white-space: normal; overflow-wrap: break-word; vertical-align: top; }
 .plots { display: grid; gap: 1.6rem 2rem; align-items: start; }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .plots svg { display: block; width: 100%; height: auto; max-width: 560px; }

@@ -69,11 +69,11 @@ class Table:
         """GitHub Markdown."""
         parts = []
         for block in self.blocks:
-            lines = [[_escaped(cell) for cell in line] for line in (block.columns, *block.rows)]
+            lines = [[escaped(cell) for cell in line] for line in (block.columns, *block.rows)]
             lines.insert(1, ["---", *["---:"] * (len(block.columns) - 1)])
-            parts.append(f"### {_escaped(block.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-            parts += map(_escaped, block.notes)
-        return "\n\n".join([*parts, *[_escaped(self.time)] * bool(self.time)]) + "\n"
+            parts.append(f"### {escaped(block.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            parts += map(escaped, block.notes)
+        return "\n\n".join([*parts, *[escaped(self.time)] * bool(self.time)]) + "\n"
 
     def html(self) -> str:
         """A fragment: the figures of the blocks, then a paragraph."""
@@ -160,7 +160,7 @@ def _after_pretraining(pretrained: Sequence[Run], runs: Sequence[Run]) -> Block:
         "dense / counted; speed is measured, the dense run's seconds / these. Loss in nats a token; unigram is the loss of knowing word "
         "frequencies alone.",
         *(_evolving_notes(pretrained) if evolving else ()),
-        *_marks(
+        *marks(
             (row.get("vs dense", "") for row in cells),
             "the 95 % interval of the difference by the standard error over validation windows holds zero",
         ),
@@ -230,7 +230,7 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
     notes = ["FLOPs are counted training FLOPs of pre-training and fine-tuning; reduction is against the dense pair."]
     baseline = task["baseline"]
     scores = (_score(baseline, task["primary"]), "", "", *(_score(baseline, name) for name in others))
-    notes += _marks((row[4] for row in rows), "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
+    notes += marks((row[4] for row in rows), "the 95 % interval of the difference by paired bootstrap over test examples holds zero")
     notes += [f"Remark: {remark}." for remark in sorted({run.summary["task"].get("remark", "") for run in finetuned} - {""})]
     if any("–" in row[-3:] for row in rows):
         notes.append("–: the pre-training run or the dense pair is not among these runs.")
@@ -238,7 +238,8 @@ def _after_finetuning(finetuned: Sequence[Run], runs: Sequence[Run]) -> Block:
     return Block(f"After fine-tuning on {task['name']} ({task['num_examples']:,} examples)", columns, tuple(rows), tuple(notes))
 
 
-def _marks(differences: Iterable[str], how: str) -> Iterator[str]:
+def marks(differences: Iterable[str], how: str) -> Iterator[str]:
+    """What the marks at the end of `Difference.text` mean, of those that occur."""
     marks = {text[-1:] for text in differences}
     if "≈" in marks:
         yield f"≈: within noise, {how}."
@@ -276,5 +277,6 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(_plain(text, len(text)), WIDTH)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """One line of Markdown that shows the text as it stands."""
     return re.sub(r"([\\|`*_\[\]~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

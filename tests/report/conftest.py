@@ -30,6 +30,12 @@ def edit_metrics() -> Callable[..., None]:
 
 
 @pytest.fixture
+def edit_summary() -> Callable[..., None]:
+    """``edit_summary(folder, **changes)``: as ``changes`` of `write_run`, afterwards."""
+    return _edit_summary
+
+
+@pytest.fixture
 def write_predictions() -> Callable[..., None]:
     """``write_predictions(folder, hypotheses, references)``."""
     return _write_predictions
@@ -146,13 +152,8 @@ def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: flo
     else:
         scores = {"scores": {"bleu": 60.0, "ter": 30.0}, "baseline": {"bleu": 10.0}}
         summary |= {"parent": "dense", "task": {"name": "e2e", "primary": "bleu", "num_examples": 40, **scores}}
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        at = summary
-        for parent in parents:
-            at = at[parent]
-        at[last] = value
     (path / "summary.json").write_text(json.dumps(summary))
+    _edit_summary(path, **changes)
     records = [
         {"step": step, "tokens": 100 * step, "loss": loss + 5 / step, "lr": 1e-3, "seconds": 5.0, "sparsity": sparsity}
         | {"flops": counted * step / 20, "phase": "training", "attention_density": 1.0}
@@ -188,6 +189,17 @@ def _write_mst(root: Path, folder: str, /, **changes: Any) -> Path:
     journal = [{"attempt": 1, "nonce": "feed"}] + [dict(zip(keys, (i, *row), strict=True)) for i, row in enumerate(versions)]
     (path / "topology.jsonl").write_text("".join(json.dumps(record) + "\n" for record in journal))
     return path
+
+
+def _edit_summary(path: Path, **changes: Any) -> None:
+    summary = json.loads((path / "summary.json").read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        at = summary
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    (path / "summary.json").write_text(json.dumps(summary))
 
 
 def _edit_metrics(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
