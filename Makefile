@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo test test-slow fuzz check format bench clean
+.PHONY: help setup quickstart mst-demo tune-demo test test-slow fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ quickstart: $(VENV)/installed ## pre-train a GPT 75 % sparse and dense, fine-tun
 
 mst-demo: $(VENV)/installed ## pre-train the same GPT dense, static, by RigL and by MST, compare: under 15 minutes on 2 cores
 	$(BIN)/raysparse compare configs/compare/mst_demo.yaml
+
+tune-demo: $(VENV)/installed ## search sparsity and learning rate for the docstring task, end in a page: under 15 minutes on 2 cores
+	$(BIN)/raysparse tune tuning/spaces/demo.yaml --resume
 
 test: $(VENV)/installed-dev ## the test suite, without the slow tests
 	$(BIN)/python -m pytest -m "not slow"
@@ -46,6 +49,7 @@ bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results
 	$(BIN)/python -m benchmarks.decode --threads 2 --out benchmarks/results
 	$(BIN)/python -m benchmarks.answers --out benchmarks/results
+	$(BIN)/python -m benchmarks.tune --out benchmarks/results
 	$(BIN)/python -m benchmarks.wire --rounds 3 --whole-model --out benchmarks/results  # as root
 
 clean: ## remove .venv and build leftovers; runs/ stays
@@ -63,5 +67,5 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -c constraints.txt -e '.[dev,fairscale,metrics]'
+	$(PIP) -c constraints.txt -e '.[dev,fairscale,metrics,tune]'
 	touch $@

@@ -12,6 +12,7 @@ raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int
 raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
+raysparse tune      tuning/spaces/docstrings.yaml               how sparse may it be for my task? a search on Ray Tune
 raysparse masks     runs/quickstart                             what became of its masks, while it trains and after
 raysparse report    runs/tune-demo                              of a search: which sparsity to take, and what it rests on
 raysparse analyze   overlap runs/rigl runs/set                  tables and pictures of models, topologies and runs
@@ -48,6 +49,11 @@ HELP = {
     "generate": ("go on from a prompt", "model=FOLDER prompt=TEXT, on the CPU. FOLDER is a run, a model in Hugging Face format or a packed "
                  "one. Live weights alone are read (weights=packed), as float32, bfloat16 or int8, and with them the time of a token. "
                  "Prints the text, tokens/s, the time of the prompt, and the bytes of weights that a token reads."),
+    "tune": ("search sparsity and fine-tuning settings for a task, on Ray Tune", "Pre-trains once for every combination of pretrain.space, "
+             "fine-tunes each as algorithm and scheduler choose, and ends with report.html: the table sparsity x task, the Pareto front of "
+             "score against FLOPs, and how sparse the model may be. --resume goes on with a search that was interrupted; the models of the "
+             "first level are shared by all searches of one run.folder. PATH.KEY: {choice: [...]}, {loguniform: [a, b]}, {uniform: [a, b]} "
+             "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
@@ -148,6 +154,7 @@ EXAMPLES = {
     "zeroshot": "configs/zeroshot/lambada.yaml model.path=runs/tiny task.files=data/lambada.jsonl",
     "export": "run=runs/tiny to=models/tiny",
     "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
+    "tune": "tuning/spaces/docstrings.yaml run.name=search algorithm.type=random",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
 }
 
@@ -186,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"raysparse: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("raysparse: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"raysparse: {str(error) or 'interrupted. The same command goes on from the last checkpoint.'}", file=sys.stderr)
         return 130
 
 
@@ -212,7 +219,7 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
 
 
 def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
-    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _compare}.get(verb, _train)
+    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _compare, "tune": _tune}.get(verb, _train)
 
 
 def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -266,6 +273,12 @@ def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str
     if args.dry_run:
         return compare.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
     return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
+
+
+def _tune(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from tuning import search
+
+    return search.dry_run(config) if args.dry_run else search.search(config, args.resume)
 
 
 def _literal(prompt: str) -> str:
@@ -365,6 +378,10 @@ def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Conf
     """The verb's config; `plan` takes pre-training configs."""
     from raysparse.recipes import CONFIGS
 
+    if verb == "tune":
+        from tuning.space import SearchConfig
+
+        return SearchConfig
     if verb != "plan":
         return CONFIGS[verb]
     values: dict[str, Any] = {}
@@ -395,7 +412,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--grid", action="store_true", help="run every combination of `grid`, score the best on validation")
         if verb == "export":
             sub.add_argument("--format", choices=["huggingface", "packed"], help="the same as format=...")
-        if verb not in ("plan", "export", "generate"):
+        if verb == "tune":
+            sub.add_argument("--resume", action="store_true", help="go on with a search that was begun; finished trials are not run again")
+        if verb not in ("plan", "export", "generate", "tune"):
             sub.add_argument("--local", action="store_true", help="in this process, without Ray: breakpoint() works (torchrun implies it)")
     sub = verbs.add_parser("masks", help=MASKS_HELP[0], description=f"{MASKS_HELP[0]}.\n\n{MASKS_HELP[1]}", formatter_class=form)
     sub.add_argument("words", nargs="+", metavar="PATH", help="a run (folder, or name below runs/), checkpoint, exported model, masks file")

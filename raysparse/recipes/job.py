@@ -68,7 +68,7 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
             before = json.loads(used.read_text())
         except ValueError as error:
             raise ConfigError(f"Expected JSON in {used}. Got: {error}. Choose another run.name.") from None
-        if changed := _changed(before, {"verb": verb} | identity_of(config)):
+        if changed := different_keys(before, {"verb": verb} | identity_of(config)):
             raise ConfigError(
                 f"Expected run.name={run.name} to be new, or its config to be as it was. Got other values of: {', '.join(changed)}. "
                 f"Choose another run.name, go back to that config ({folder / 'config.yaml'}), or delete the folder {folder}."
@@ -96,7 +96,7 @@ def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, A
     before = json.loads(used.read_text()) if used.exists() else content
     if before != content:
         raise ConfigError(
-            f"Expected run.name={run.name} to read what it read before. Got other content of: {', '.join(_changed(before, content))} "
+            f"Expected run.name={run.name} to read what it read before. Got other content of: {', '.join(different_keys(before, content))} "
             "(the config is the same, the files are not). Choose another run.name, or restore the files."
         )
     job = Job(verb, config.model_dump(mode="json"), dict(prepared), str(folder), secrets.token_hex(8))
@@ -137,9 +137,9 @@ def finished(job: Job) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _changed(before: Any, after: Any, at: str = "") -> list[str]:
+def different_keys(before: Any, after: Any, at: str = "") -> list[str]:
     """Dotted keys whose values differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = list(before) + [key for key in after if key not in before]
-        return [key for k in keys for key in _changed(before.get(k), after.get(k), f"{at}.{k}" if at else k)]
+        return [key for k in keys for key in different_keys(before.get(k), after.get(k), f"{at}.{k}" if at else k)]
     return [] if before == after else [at]

@@ -45,20 +45,16 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     done = [summary for summary in map(finished, jobs) if summary is not None]
     if len(done) == len(jobs):
         return done
-    for key, value in SETTINGS.items():
-        os.environ.setdefault(key, value)
+    started = start(run)
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        _start(ray, run)
     progress = run.path / PROGRESS
     progress.touch()
     stop = Event()
     watcher = Thread(target=follow, args=(progress, console, stop), daemon=True)
     watcher.start()
     try:
-        _check_resources(ray, run)
+        check_resources(run)
         with managers(jobs):
             return _fit(jobs, run, progress)
     finally:
@@ -69,8 +65,24 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
             ray.shutdown()
 
 
-def _start(ray: Any, run: RunConfig) -> None:
-    """Join the cluster of RAY_ADDRESS, else start one in this machine that ends with this process."""
+def start(run: RunConfig, spare: int = 1, dashboard: bool = False) -> bool:
+    """Join the cluster of RAY_ADDRESS, else start one in this machine that ends with this process; False if this process is in one.
+
+    Args:
+        spare: logical CPUs of a cluster of our own beyond those of the machine, or of the workers if they are more.
+        dashboard: of a cluster of our own.
+    """
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return False
+    _start(ray, run, spare, dashboard)
+    return True
+
+
+def _start(ray: Any, run: RunConfig, spare: int, dashboard: bool) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         check_address(address)
         ray.init(logging_level="WARNING", log_to_driver=False, namespace="raysparse")
@@ -80,10 +92,10 @@ def _start(ray: Any, run: RunConfig) -> None:
         log.warning(
             "%d workers of %d threads share %d cores: slow, not wrong. Lower run.workers or run.threads.", run.workers, run.threads, cores
         )
-    cpus = max(run.workers * run.threads, cores) + 1  # logical
+    cpus = max(run.workers * run.threads, cores) + spare  # logical
     ray.init(
         num_cpus=cpus,
-        include_dashboard=False,
+        include_dashboard=dashboard,
         object_store_memory=256 << 20,
         logging_level="ERROR",
         log_to_driver=False,
@@ -105,10 +117,12 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def _check_resources(ray: Any, run: RunConfig) -> None:
+def check_resources(run: RunConfig) -> None:
     """A group that can never be placed waits without end; say so instead."""
+    import ray
+
     have = ray.cluster_resources()
-    need = {"CPU": float(run.workers * run.threads)} | ({"GPU": float(run.workers)} if _uses_gpu(ray, run) else {})
+    need = {"CPU": float(run.workers * run.threads)} | ({"GPU": float(run.workers)} if uses_gpu(run) else {})
     for name, amount in need.items():
         if have.get(name, 0.0) < amount:
             raise ConfigError(
@@ -117,7 +131,10 @@ def _check_resources(ray: Any, run: RunConfig) -> None:
             )
 
 
-def _uses_gpu(ray: Any, run: RunConfig) -> bool:
+def uses_gpu(run: RunConfig) -> bool:
+    """Whether a worker of this run has a GPU, on the cluster that this process is in."""
+    import ray
+
     return run.device == "cuda" or (run.device == "auto" and ray.cluster_resources().get("GPU", 0) >= run.workers)
 
 
@@ -130,14 +147,14 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
     from raysparse.runtime.worker import work
 
     api: Any = ray.train  # its types are a union of two generations of the API
-    gpu = _uses_gpu(ray, run)
+    gpu = uses_gpu(run)
     for attempt in range(run.max_failures + 1):
         _forget_snapshot(run)
         trainer = cast(Any, TorchTrainer)(
             work,
             train_loop_config={"jobs": [asdict(job) for job in jobs], "threads": run.threads, "progress": str(progress)},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
-            scaling_config=api.ScalingConfig(num_workers=run.workers, use_gpu=gpu, resources_per_worker=_per_worker(run, gpu)),
+            scaling_config=api.ScalingConfig(num_workers=run.workers, use_gpu=gpu, resources_per_worker=per_worker(run)),
             run_config=api.RunConfig(
                 name=run.name,
                 storage_path=str(run.path.parent),
@@ -162,8 +179,9 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
     raise AssertionError("unreachable")
 
 
-def _per_worker(run: RunConfig, gpu: bool) -> dict[str, float]:
-    return {"CPU": float(run.threads)} | ({"GPU": 1.0} if gpu else {})
+def per_worker(run: RunConfig) -> dict[str, float]:
+    """What a worker takes of the cluster."""
+    return {"CPU": float(run.threads)} | ({"GPU": 1.0} if uses_gpu(run) else {})
 
 
 def _forget_snapshot(run: RunConfig) -> None:

@@ -3,7 +3,8 @@
 Under torchrun rank 0 is the driver: it alone prepares the data, opens the run folders and prints; the others `assist`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,19 @@ from raysparse.train.process import process_group
 from raysparse.train.run import LocalRun, RunConfig, resolve_device
 
 
-def run_here(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[str, Any]]:
-    """Carry out the jobs one after another, with the other ranks if torchrun started some; returns their summaries."""
+def run_here(
+    jobs: Sequence[Job], run: RunConfig, console: Console, committed: Callable[[Path], None] | None = None
+) -> list[dict[str, Any]]:
+    """Carry out the jobs one after another, with the other ranks if torchrun started some; returns their summaries.
+
+    Args:
+        committed: is told of each checkpoint when its saving has begun.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(run.threads)
     try:
         with process_group(resolve_device(run)):
-            here, box = LocalRun(console), [list(jobs)]
+            here, box = LocalRun(console, committed), [list(jobs)]
             dist.broadcast_object_list(box, src=0)
             return [finished(job) or MODULES[job.verb].work(job, here) for job in box[0]]
     finally:

@@ -35,7 +35,7 @@ class RayRun:
             checkpoint=Checkpoint(str(checkpoint)),
             checkpoint_dir_name=checkpoint.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=lambda reported, name: _when_committed(reported, checkpoint),
+            checkpoint_upload_fn=lambda reported, name: when_committed(reported, checkpoint),
             delete_local_checkpoint_after_upload=False,
         )
 
@@ -65,7 +65,7 @@ def follow(progress: Path, console: Console, stop: Event) -> None:
             time.sleep(0.1)
 
 
-def _when_committed(reported: Any, checkpoint: Path, timeout_s: float = 1800.0) -> Any:
+def when_committed(reported: Any, checkpoint: Path, timeout_s: float = 1800.0) -> Any:
     """Wait for the marker of a checkpoint, or of a later one: quick steps may have pruned this one by then."""
     deadline = time.monotonic() + timeout_s
     while not any(found >= checkpoint for found in committed(checkpoint.parent)):

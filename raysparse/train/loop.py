@@ -170,10 +170,12 @@ def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
         state.best_loss, state.best_step, state.stale = value, state.step, 0
     else:
         state.stale += 1
-    record = {"stage": t.stage, "step": state.step, "tokens": state.tokens, "validation_loss": loss, "validation_stderr": error}
+    record = {"stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens}
+    record |= {"validation_loss": loss, "validation_stderr": error}
     tags = {"loss/validation": loss}
     if judged is not None:
         record |= {"score": judged.name, "validation_score": judged.score}
+        state.losses["validation_score"] = judged.score
         tags[f"task/{judged.name}"] = judged.score
     t.meter.write(record, tags)
     t.run.show(record)

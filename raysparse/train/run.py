@@ -1,6 +1,6 @@
 """What the loop sees of the world outside: who am I, where do I write, and whom do I tell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -83,11 +83,16 @@ class Run(Protocol):
 class LocalRun:
     """The ranks of the default process group: this process alone, or torchrun's."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, committed: Callable[[Path], None] | None = None) -> None:
+        """Args:
+        committed: is told of each checkpoint on rank 0, as `Run.committed` is.
+        """
         self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
+        self._committed = committed
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
-        pass
+        if self._committed is not None and self.rank == 0:
+            self._committed(checkpoint)
 
     def manager(self, journal: Path) -> Manager:
         return MaskManager(journal)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from raysparse.runtime.ray_run import _when_committed
+from raysparse.runtime.ray_run import when_committed
 from raysparse.train.checkpoint import MARKER
 
 
@@ -19,16 +19,16 @@ def commit(folder, step):
 def test_a_checkpoint_is_reported_once_it_is_committed(tmp_path):
     threading.Timer(0.2, commit, (tmp_path, 100)).start()
     began = time.monotonic()
-    assert _when_committed("it", tmp_path / "step_00000100", timeout_s=20) == "it"
+    assert when_committed("it", tmp_path / "step_00000100", timeout_s=20) == "it"
     assert time.monotonic() - began > 0.15
 
 
 def test_a_checkpoint_that_was_pruned_by_then_is_not_waited_for(tmp_path):
     commit(tmp_path, 200)
-    assert _when_committed("it", tmp_path / "step_00000100", timeout_s=0.2) == "it"
+    assert when_committed("it", tmp_path / "step_00000100", timeout_s=0.2) == "it"
 
 
 def test_an_older_one_does_not_count(tmp_path):
     commit(tmp_path, 50)
     with pytest.raises(TimeoutError, match=r"Expected .*step_00000100/COMMITTED\.json within 0 s"):
-        _when_committed("it", tmp_path / "step_00000100", timeout_s=0.2)
+        when_committed("it", tmp_path / "step_00000100", timeout_s=0.2)

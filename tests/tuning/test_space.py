@@ -1,0 +1,168 @@
+"""What a search spans, and everything about it that is wrong before it begins."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raysparse.config import ConfigError, load, merge
+from raysparse.recipes.finetune import FinetuneConfig
+from raysparse.recipes.pretrain import PretrainConfig
+from tuning import search as driver
+from tuning.space import Domain, Point, Search, SearchConfig, combinations, draw, flat, nested
+
+SPACES = sorted(Path(__file__).parents[2].glob("tuning/spaces/*.yaml"))
+PAPER = {"optimizer.lr": 3, "training.sequences": 4}
+
+
+def search(values):
+    return Search(SearchConfig.check(values))
+
+
+@pytest.mark.parametrize(
+    ("domain", "says"),
+    [
+        ({}, "Got none"),
+        ({"choice": [1], "uniform": [0, 1]}, "Expected one of choice, uniform, loguniform, randint"),
+        ({"choice": []}, "at least one value in choice"),
+        ({"choice": [1, 2, 1]}, "Got one twice"),
+        ({"uniform": [1, 1]}, r"low < high\. Got \[1"),
+        ({"loguniform": [0, 1]}, "both above 0"),
+        ({"normal": [0, 1]}, "no such key"),
+    ],
+)
+def test_domains_that_are_none(search_values, domain, says):
+    values = search_values()
+    values["tasks"]["pairs"]["space"] = {"optimizer.lr": domain}
+    with pytest.raises(ConfigError, match=says) as error:
+        search(values)
+    assert "tasks.pairs.space.optimizer.lr" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": {"pairs": {"space": {"optimizer.lrr": {"choice": [1]}}}}}, r"(?s)tasks\.pairs at .*optimizer\.lrr: no such key"),
+        ({"tasks": {"pairs": {"space": {"optimizer.lr": {"choice": [1e-3, -1.0]}}}}}, r"at optimizer\.lr=-1:"),
+        (
+            {"tasks": {"pairs": {"space": {"optimizer.eps": {"uniform": [-1.0, 1.0]}}}}, "algorithm": {"type": "random"}},
+            r"optimizer\.eps=-1:",
+        ),
+        ({"pretrain": {"space": {"sparsity.target": {"choice": [0.5, 1.5]}}}}, r"pretrain at sparsity\.target=1\.5:"),
+        ({"pretrain": {"space": {"training.warm": {"uniform": [0.1, 0.9]}}}}, r"training\.warm: no such key"),
+        ({"pretrain": {"space": {"optimizer.lr": {"uniform": [0.1, 0.9]}}}}, r"Got a range for optimizer\.lr"),
+        ({"metric": "bleu"}, r"trials of pairs report: validation_loss\. Got bleu"),
+        ({"scheduler": {"type": "pbt"}}, "one population. Got 2 cells and grid"),
+        ({"scheduler": {"type": "pbt"}, "run": {"workers": 2}}, "cannot hand a checkpoint"),
+        ({"scheduler": {"type": "asha"}, "algorithm": {"type": "nsga2"}}, r"scheduler\.type=none with algorithm\.type=nsga2"),
+        ({"pretrain": None, "tasks": {}}, "Expected pretrain or tasks"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_searches_that_cannot_be(search_values, changes, says):
+    values = merge(search_values(), changes)
+    if changes.get("tasks") == {}:
+        values["tasks"] = {}
+    with pytest.raises(ConfigError, match=says):
+        search(values)
+
+
+def test_a_grid_has_every_combination_at_every_seed(search_values):
+    points = search(search_values(seeds=[3, 5])).points()
+    assert len(points) == len({point.digest for point in points}) == 2 * 2 * 2
+    assert {(p.pretrain["sparsity.target"], p.params["optimizer.lr"], p.seed) for p in points} == {
+        (sparsity, lr, seed) for sparsity in (0.0, 0.75) for lr in (1e-2, 1e-9) for seed in (3, 5)
+    }
+
+
+def test_random_points_are_functions_of_the_seed():
+    space = {
+        "a": Domain(loguniform=(1e-5, 1e-1)),
+        "b": Domain(choice=(1, "x")),
+        "c": Domain(randint=(2, 5)),
+        "d": Domain(uniform=(-1.0, 1.0)),
+    }
+    drawn = [draw(space, 7, i) for i in range(400)]
+    assert drawn == [draw(space, 7, i) for i in range(400)]
+    assert drawn != [draw(space, 8, i) for i in range(400)]
+    assert all(1e-5 <= point["a"] < 1e-1 and -1 <= point["d"] < 1 for point in drawn)
+    assert 150 < sum(point["a"] < 1e-3 for point in drawn) < 250  # half of the decades
+    assert {point["b"] for point in drawn} == {1, "x"}
+    assert {point["c"] for point in drawn} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
+def test_commands_of_the_shipped_spaces_make_the_trials(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    found = Search(load(SearchConfig, [file], [f"run.folder={tmp_path}", "algorithm.type=random"]))
+    for point in found.points()[::7]:
+        program, verb, *words = shlex.split(found.command(point))
+        kind = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}[verb]
+        files = [word for word in words if "=" not in word]
+        again, trial = load(kind, files, words[len(files) :]), found.trial_config(point)
+        assert program == "raysparse"
+        assert again.run.name == f"{trial.run.name}-again"
+        assert merge(again.model_dump(), {"run": {"name": "", "folder": ""}}) == merge(
+            trial.model_dump(), {"run": {"name": "", "folder": ""}}
+        )
+
+
+@pytest.mark.parametrize("file", [file for file in SPACES if file.stem in ("e2e", "webnlg", "dart", "paper")], ids=lambda file: file.stem)
+def test_the_papers_grids(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    found = Search(load(SearchConfig, [file], [f"run.folder={tmp_path}"]))
+    assert [model["sparsity.target"] for model in found.models()] == [0, 0.5, 0.75]
+    for task, space in found.space.items():
+        expected = {"optimizer.lr": 6} if task == "curation" else PAPER
+        assert {key: len(domain.choice) for key, domain in space.items()} == expected
+        grid = found.trial_config(found.some_point(task)).grid
+        assert {key: sorted(values) for key, values in grid.items()} == {key: sorted(domain.choice) for key, domain in space.items()}
+
+
+def test_models_are_shared_by_all_searches_of_a_folder(search_values):
+    one, other = search(search_values()), search(search_values(run={"name": "other", "threads": 2}, seeds=[4]))
+    assert one.pretrain_config({"sparsity.target": 0.75}).run.path == other.pretrain_config({"sparsity.target": 0.75}).run.path
+    third = search(search_values(run={"seed": 1}))
+    assert third.pretrain_config({"sparsity.target": 0.75}).run.path != one.pretrain_config({"sparsity.target": 0.75}).run.path
+    assert one.pretrain_config({"sparsity.target": 0.75}).run.seed == 0
+
+
+def test_another_machine_needs_no_files(search_values, tmp_path):
+    plain = search(search_values()).plain
+    for file in tmp_path.glob("*.yaml"):
+        file.unlink()
+    again = Search.of(plain)
+    assert again.trial_config(again.points()[0]).task.type == "seq2seq"
+
+
+def test_flat_and_nested_are_inverse():
+    values = {"a": {"b": 1, "c": {"type": "x", "y": 2}}, "d": [1, {"e": 2}]}
+    assert nested(dict(flat(values))) == values
+    assert list(combinations({"a.b": Domain(choice=(1, 2))}, "")) == [{"a.b": 1}, {"a.b": 2}]
+
+
+def test_too_little_disk_is_said_with_its_arithmetic(search_values, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(ConfigError, match=r"Expected about .* of disk .*2 models, 2 cells that keep 1 trials each.* Got 1\.0 kB free"):
+        driver.check_disk(search(search_values()))
+
+
+def test_folders_of_another_kind_or_search_are_left_alone(search_values, tmp_path):
+    config = SearchConfig.check(search_values())
+    config.path.mkdir(parents=True)
+    (config.path / "precious.txt").write_text("x")
+    with pytest.raises(ConfigError, match="Got other files there"):
+        driver.check_folder(config, resume=True)
+    (config.path / driver.CONFIG).write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match="Add --resume"):
+        driver.check_folder(config, resume=False)
+    driver.check_folder(config.model_copy(update={"tolerance": 3.0, "keep": 2}), resume=True)
+    with pytest.raises(ConfigError, match=r"Got other values of: seeds"):
+        driver.check_folder(config.model_copy(update={"seeds": (1,)}), resume=True)
+
+
+def test_points_say_what_they_are():
+    point = Point("e2e", {"sparsity.target": 0.75}, {"optimizer.lr": 1e-4, "task": {"type": "x" * 60}}, 2)
+    assert point.text().startswith('e2e target=0.75 optimizer.lr=0.0001 task={"type": "xxx')
+    assert point.text().endswith("... seed=2")

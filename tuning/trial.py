@@ -1,0 +1,159 @@
+"""One trial: a run of a recipe, in the trial's own process or in a worker group of Ray Train, whose validations Ray Tune sees.
+
+Everything a trial does lies in a run folder, as if `raysparse finetune` had been called: one that is finished is not run again, one that
+was lost goes on from its last checkpoint.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raysparse.config import ConfigError
+from raysparse.recipes import finetune, pretrain
+from raysparse.recipes.finetune import FinetuneConfig
+from raysparse.recipes.job import Job, finished
+from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.train.error import TrainingError
+from raysparse.train.metrics import Console
+from tuning.space import LOSS, PBT, Point, Search
+
+POINT, MODEL = "point", "model"
+"""Keys of Ray Tune's config: the fields of the trial's `Point`, or the settings of a model to pre-train."""
+FOLDER, OBJECTIVE, FLOPS, PROGRESS = "folder", "objective", "flops", "progress"
+"""Of what a trial reports: its run folder, what it is chosen by, counted FLOPs end to end, percent of its steps."""
+STATUS, ERROR = "status", "error"
+"""Of its last report: finished or failed, and why."""
+HANDOVER = "handover"
+"""In a run folder: the checkpoint that Ray Tune takes a copy of."""
+
+
+def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
+    """What Ray Tune calls, in a process of the trial's own.
+
+    Args:
+        params: `POINT` or `MODEL`.
+        search: `Search.plain`.
+    """
+    from ray import tune
+
+    found = Search.of(search)
+    if POINT not in params:
+        _Trial(found, found.pretrain_config(params[MODEL]), LOSS, lower=True).run(None)
+        return
+    point = Point(**params[POINT])
+    config, given = found.trial_config(point), None
+    if isinstance(found.config.scheduler, PBT) and (checkpoint := tune.get_checkpoint()) is not None:
+        given = Path(checkpoint.path)
+        origin = Point(point.task, point.pretrain, {**point.params, "from": [tune.get_context().get_trial_id(), str(given)]}, point.seed)
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{point.task or 'pretrain'}-{origin.digest}"})})
+    _Trial(found, config, found.metric(point.task), found.lower_is_better(point.task)).run(given)
+
+
+class _Trial:
+    def __init__(self, search: Search, config: PretrainConfig | FinetuneConfig, metric: str, lower: bool):
+        """Args:
+        metric: what is reported as the objective.
+        lower: whether that is to be small.
+        """
+        self._search, self._config, self._metric, self._lower = search.config, config, metric, lower
+
+    def run(self, given: Path | None) -> None:
+        """Carry out the run and report it.
+
+        Args:
+            given: a checkpoint of another trial to go on from.
+        """
+        from ray import tune
+
+        worst = {OBJECTIVE: math.inf if self._lower else -math.inf, FLOPS: math.inf, PROGRESS: 100.0}
+        try:
+            config = self._config
+            job = finetune.open_run(config) if isinstance(config, FinetuneConfig) else pretrain.open_run(config)
+            if given is not None:
+                shutil.copytree(given, job.path / "checkpoints", dirs_exist_ok=True)
+            before = _flops_of_parent(self._config)
+            reporter = Reporter(job, self._metric, before, with_checkpoints=isinstance(self._search.scheduler, PBT))
+            summary = finished(job) or self._carry_out(job, reporter)
+        except (ConfigError, TrainingError) as error:  # trying again would come to the same
+            tune.report(worst | {FOLDER: str(self._config.run.path), STATUS: "failed", ERROR: str(error)})
+            return
+        tune.report(self._final(summary, before) | {FOLDER: job.folder, STATUS: "finished"})
+
+    def _carry_out(self, job: Job, reporter: "Reporter") -> dict[str, Any]:
+        if self._search.is_nested:
+            from raysparse.runtime.launch import launch
+
+            (summary,) = launch([job], self._config.run, reporter)
+        else:
+            from raysparse.runtime.local import run_here
+
+            (summary,) = run_here([job], self._config.run, reporter, reporter.committed)
+        return summary
+
+    def _final(self, summary: Mapping[str, Any], before: float) -> dict[str, Any]:
+        loss = summary["loss"]
+        best = loss["validation"] if self._metric == LOSS else loss["validation_score"]
+        return {OBJECTIVE: best, FLOPS: before + summary["flops"]["counted"], PROGRESS: 100.0, "seconds": summary["seconds"]}
+
+
+class Reporter(Console):
+    """Hands a run's validations to Ray Tune, in place of the console that would show them.
+
+    Ray Tune answers a report with its decision: where that is to stop the trial, the report ends the thread that made it.
+    """
+
+    def __init__(self, job: Job, metric: str, before: float, with_checkpoints: bool):
+        """Args:
+        before: counted FLOPs of what the run starts from.
+        with_checkpoints: report a validation with the checkpoint of its step, when that is there.
+        """
+        self._job, self._metric, self._before, self._with_checkpoints = job, metric, before, with_checkpoints
+        self._train: dict[str, Any] = {"flops": 0.0, "seconds": 0.0}
+        self._validation: tuple[int, dict[str, Any]] = 0, {}
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        if "loss" in record:
+            self._train = {"flops": record["flops"], "seconds": record["seconds"]}
+        if "validation_loss" not in record:
+            return
+        value = record["validation_loss"] if self._metric == LOSS else record["validation_score"]
+        report = {OBJECTIVE: value, PROGRESS: 100.0 * record["step"] / record["steps"], FOLDER: self._job.folder}
+        report |= {FLOPS: self._before + self._train["flops"], "seconds": self._train["seconds"]}
+        self._validation = record["step"], report
+        if not self._with_checkpoints:
+            self._report()
+
+    def committed(self, checkpoint: Path) -> None:
+        """A checkpoint is being written; it is of the step that was last validated, if that is of the same number."""
+        from ray import tune
+
+        from raysparse.runtime.ray_run import when_committed
+
+        step, report = self._validation
+        if not self._with_checkpoints or int(checkpoint.name.rpartition("_")[2]) != step:
+            return
+        when_committed(None, checkpoint)
+        shutil.rmtree(handover := self._job.path / HANDOVER, ignore_errors=True)
+        shutil.copytree(checkpoint, handover / checkpoint.name, copy_function=os.link)
+        tune.report(report, checkpoint=tune.Checkpoint.from_directory(handover))
+
+    def close(self) -> None:
+        pass
+
+    def _report(self) -> None:
+        from ray import tune
+
+        tune.report(self._validation[1])
+
+
+def _flops_of_parent(config: PretrainConfig | FinetuneConfig) -> float:
+    """Counted FLOPs of the run that a fine-tuning starts from; 0 where it starts from no run."""
+    if not isinstance(config, FinetuneConfig) or config.model.path is None:
+        return 0.0
+    folder = Path(config.model.path)
+    summary = next((file for file in (folder / "summary.json", folder.parent / "summary.json") if file.exists()), None)
+    return 0.0 if summary is None else json.loads(summary.read_text())["flops"]["counted"]
