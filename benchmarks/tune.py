@@ -1,6 +1,6 @@
 """What Ray Tune costs: the trials of a search against the same commands by hand, one after another.
 
-    python -m benchmarks.tune                            four fine-tunings of the quickstart's model
+    python -m benchmarks.tune                            four short fine-tunings of the quickstart's model; 15 minutes
     python -m benchmarks.tune --rounds 3 --out benchmarks/results
 
 By hand: the search's own printed commands, each `raysparse finetune ... --local`, a process after a process. As a search: `raysparse tune`
@@ -36,6 +36,7 @@ BOUND = 1.10
 def config(folder: Path, name: str) -> SearchConfig:
     values = yaml.safe_load((ROOT / "tuning" / "spaces" / "demo.yaml").read_text())
     values["run"] = {"name": name, "folder": str(folder)}
+    values["tasks"]["docstrings"]["set"] = {"training": {"length": "100 steps"}, "evaluation": {"max_examples": 100}}
     values["pretrain"]["space"] = {"sparsity.target": {"choice": [0.75]}}
     values |= {"scheduler": {"type": "none"}, "max_concurrent": 1, "keep": 4}
     return SearchConfig.check(values)

@@ -84,7 +84,7 @@ def _sampler(both: bool, seed: int) -> Any:
 
 
 class CellScheduler(FIFOScheduler):
-    """ASHA in each cell. A trial that reaches its last step is not stopped there: it has its answers to give."""
+    """ASHA in each cell. A trial that has come to its last step is never stopped: it has its answers to give."""
 
     def __init__(self, search: Search):
         super().__init__()
@@ -107,7 +107,8 @@ class CellScheduler(FIFOScheduler):
         self._own(trial).on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return self._own(trial).on_trial_result(tune_controller, trial, result)
+        decision = self._own(trial).on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result[PROGRESS] >= 100 else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self._own(trial).on_trial_complete(tune_controller, trial, result)

@@ -156,7 +156,7 @@ def check_disk(search: Search) -> None:
     parameters = _parameters(models[0] if models else some)
     of_run = 12 * (some.checkpoint.keep + 1) + 4  # weights and two moments, one more while it is written; the export
     at_once = config.max_concurrent or 2
-    need = parameters * (of_run * (cells * config.keep + at_once) + 4 * len(models))
+    need = parameters * of_run * (len(models) + cells * config.keep + at_once)
     place = next(path for path in (config.path, *config.path.parents) if path.exists())
     if (free := shutil.disk_usage(place).free) < need:
         raise ConfigError(
