@@ -379,7 +379,7 @@ def _config_type(verb: str, files: list[str], overrides: list[str]) -> type[Conf
     from raysparse.recipes import CONFIGS
 
     if verb == "tune":
-        from tuning.space import SearchConfig
+        from tuning.config import SearchConfig
 
         return SearchConfig
     if verb != "plan":

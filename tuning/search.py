@@ -14,26 +14,21 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from raysparse.config import ConfigError, read_yaml
-from raysparse.models.build import skeleton
-from raysparse.recipes import finetune, pretrain
-from raysparse.recipes.finetune import FinetuneConfig
-from raysparse.recipes.job import different_keys, write_atomically
-from raysparse.recipes.pretrain import PretrainConfig
-from raysparse.report import bytes_text
-from raysparse.report.search import read_search
+from raysparse.config import ConfigError
+from raysparse.recipes.job import write_atomically
+from raysparse.report.search import badness, read_search
 from raysparse.runtime.launch import check_resources, per_worker, start
-from tuning.space import ASHA, NSGA2, PBT, NoScheduler, Optuna, Point, Search, SearchConfig
+from tuning.check import CONFIG, check, check_dashboard, check_disk, check_folder, concurrency
+from tuning.config import ASHA, NSGA2, PBT, NoScheduler, Optuna, SearchConfig
+from tuning.space import Point, Search
 from tuning.trial import MODEL, OBJECTIVE, POINT, PROGRESS, trial
+from tuning.watch import Watcher, forget
 
-CONFIG = "search.yaml"
-NOT_IDENTITY = ("keep", "max_concurrent", "max_failures", "tolerance")
-"""Keys that may change when a search is resumed, and those of `run` about the machine."""
-OF_MACHINE = ("workers", "threads", "device", "max_failures", "folder", "name")
 DRIVER_BYTES = 512 << 20
 """What a trial takes of the cluster whose workers are a group of their own: no CPU, which they would lack."""
 SETTINGS = {
@@ -53,6 +48,7 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
     """
     from raysparse.report.search_page import read_report
 
+    config = settled(config)
     found = Search(config)
     check_folder(config, resume)
     check(found)
@@ -61,8 +57,9 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
     started = start(config.run, spare=0, dashboard=config.is_nested)
     try:
         check_resources(config.run)
+        check_disk(found, concurrency(config))
         if config.is_nested:
-            _check_dashboard()
+            check_dashboard()
         config.path.mkdir(parents=True, exist_ok=True)
         write_atomically(config.path / CONFIG, config.to_yaml())
         _pretrain(found)
@@ -78,11 +75,17 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
     return report.facts, f"{report.terminal()}\nPlots and details: {report.files['html']}"
 
 
+def settled(config: SearchConfig) -> SearchConfig:
+    """With a folder that means the same in every process."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(config.path.parent)})})
+
+
 def dry_run(config: SearchConfig) -> tuple[dict[str, Any], str]:
-    """Check everything that can be checked without tokenizing, and tell what would run."""
+    """Check every config of the search, and tell what would run; data, disk and cluster are not looked at."""
+    config = settled(config)
     found = Search(config)
     check_folder(config, resume=True)
-    models = [found.pretrain_config(settings) for settings in found.models()] if config.pretrain and config.tasks else []
+    models = [found.pretrain_config(settings) for settings in found.first_level()]
     done = [model.run.name for model in models if (model.run.path / "summary.json").exists()]
     facts: dict[str, Any] = {
         "models": [model.run.name for model in models],
@@ -97,105 +100,12 @@ def dry_run(config: SearchConfig) -> tuple[dict[str, Any], str]:
     if not isinstance(config.algorithm, Optuna | NSGA2):
         facts["commands"] = [found.command(point) for point in found.points()]
         lines += facts["commands"]
-    return facts, "\n".join([*lines, "The search is sound. Nothing was started."])
-
-
-def check_folder(config: SearchConfig, resume: bool) -> None:
-    """The search's folder must be new, or hold this very search if it is resumed."""
-    file = config.path / CONFIG
-    if not file.exists():
-        if config.path.exists() and any(config.path.iterdir()):
-            raise ConfigError(f"Expected {config.path} to be a search, or empty. Got other files there. Choose another run.name.")
-        return
-    before, now = read_yaml(file), config.model_dump(mode="json")
-    for values in (before, now):
-        for key in NOT_IDENTITY:
-            values.pop(key, None)
-        for key in OF_MACHINE:
-            values["run"].pop(key, None)
-    if keys := different_keys(before, now):
-        raise ConfigError(
-            f"Expected run.name={config.run.name} to be new, or the search as it was. Got other values of: {', '.join(keys)}. "
-            f"Choose another run.name, or go back to {file}."
-        )
-    if not resume:
-        raise ConfigError(
-            f"Expected a new run.name. Got {config.run.name}, a search that was begun in {config.path}. "
-            f"Add --resume to go on with it, or choose another run.name; `raysparse report {config.path}` reports it as it stands."
-        )
-
-
-def check(search: Search) -> None:
-    """Models, data and disk, before anything is started; tokenizes the data (cached)."""
-    config = search.config
-    tokenizer: str | None = None
-    for settings in search.models() if config.tasks and config.pretrain else []:
-        tokenizer = pretrain.check(search.pretrain_config(settings)).tokenizer
-    for task in search.space:
-        some = search.trial_config(search.some_point(task))
-        if isinstance(some, FinetuneConfig):
-            finetune.check(some, tokenizer)
-        else:
-            pretrain.check(some)
-    if isinstance(config.algorithm, Optuna | NSGA2):
-        try:
-            import optuna  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                f"Expected the package optuna for algorithm.type={config.algorithm.type}. Got an ImportError. "
-                "pip install 'raysparse[tune]', or use algorithm.type=random."
-            ) from None
-    check_disk(search)
-
-
-def check_disk(search: Search) -> None:
-    """Room for the checkpoints and models that are there at once, estimated from the number of parameters."""
-    config, cells = search.config, len(search.cells())
-    models = [search.pretrain_config(settings) for settings in search.models()] if config.pretrain and config.tasks else []
-    some = search.trial_config(search.some_point(next(iter(search.space))))
-    parameters = _parameters(models[0] if models else some)
-    of_run = 12 * (some.checkpoint.keep + 1) + 4  # weights and two moments, one more while it is written; the export
-    at_once = config.max_concurrent or 2
-    need = parameters * of_run * (len(models) + cells * config.keep + at_once)
-    place = next(path for path in (config.path, *config.path.parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < need:
-        raise ConfigError(
-            f"Expected about {bytes_text(need)} of disk at {place}: {len(models)} models, {cells} cells that keep "
-            f"{config.keep} trials each, and {at_once} trials at a time of {parameters:,} parameters ({of_run} bytes each). "
-            f"Got {bytes_text(free)} free. Choose another run.folder, or lower keep, checkpoint.keep or max_concurrent."
-        )
-
-
-def _parameters(config: PretrainConfig | FinetuneConfig) -> int:
-    from raysparse.recipes.evaluate import load_tokenizer
-
-    if isinstance(config, PretrainConfig):
-        model = skeleton(config.model, getattr(config.data.tokenizer, "vocab_size", None), config.data.context)
-    else:
-        config = finetune.with_model_folder(config)
-        model = skeleton(config.model, len(load_tokenizer(str(config.model.path))), config.context)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _check_dashboard() -> None:
-    """Ray Train frees what a stopped trial held by asking the dashboard; without one the next trial would wait for ever."""
-    import ray
-    from ray.util.state import list_nodes
-
-    try:
-        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
-    except Exception as error:
-        raise ConfigError(
-            f"Expected a Ray cluster with a dashboard for trials of several workers. Got: {str(error).splitlines()[0]}. "
-            "Start it with `ray start --head --include-dashboard=true` (pip install 'ray[default]'), or use run.workers=1."
-        ) from None
+    return facts, "\n".join([*lines, "Every config is sound. Nothing was started."])
 
 
 def _pretrain(search: Search) -> None:
     """The first level: every model that tasks start from and that no search has made yet."""
-    if not (search.config.pretrain and search.config.tasks):
-        return
-    missing = [model for model in search.models() if not (search.pretrain_config(model).run.path / "summary.json").exists()]
+    missing = [model for model in search.first_level() if not (search.pretrain_config(model).run.path / "summary.json").exists()]
     if not missing:
         return
     _run(search, "pretrain", [{MODEL: settings} for settings in missing])
@@ -214,20 +124,26 @@ def _level(search: Search, name: str) -> None:
 
 
 def _confirm(search: Search) -> None:
-    """The chosen settings of each cell at the seeds that they lack, and the winner's model if it was given up before it won."""
-    missing = []
+    """The chosen settings of each cell at the seeds that they lack, and the winner's model if it was given up before it won. What comes
+    of it may choose others."""
+    tried: set[str] = set()
+    while missing := {point.digest: point for point in _missing(search) if point.digest not in tried}:
+        for point in missing.values():
+            forget(search.path, str(search.trial_config(point).run.path.relative_to(search.path)))
+        _run(search, "confirm", [{POINT: asdict(point)} for point in missing.values()])
+        tried |= missing.keys()
+
+
+def _missing(search: Search) -> Iterator[Point]:
+    if isinstance(search.config.scheduler, PBT):
+        return  # the winner is a lineage, and there is nothing to run again
     for cell in read_search(search.path).cells:
         if cell.best is None:
             continue
-        done = {trial.seed for trial in cell.chosen}
-        missing += [Point(cell.task, cell.pretrain, cell.best, seed) for seed in search.config.seeds if seed not in done]
-        sign = 1 if cell.chosen[0].lower_is_better else -1
-        winner = min(cell.chosen, key=lambda trial: sign * cast(float, trial.objective))
-        if not (search.path / winner.folder / "export").exists():
-            shutil.rmtree(search.path / winner.folder, ignore_errors=True)
-            missing.append(Point(cell.task, cell.pretrain, cell.best, winner.seed))
-    if missing:
-        _run(search, "confirm", [{POINT: asdict(point)} for point in missing])
+        winner = min(cell.chosen, key=badness)
+        lost = set() if (search.path / winner.folder / "export").exists() else {winner.seed}
+        seeds = {*search.config.seeds} - {trial.seed for trial in cell.chosen} | lost
+        yield from (Point(cell.task, cell.pretrain, cell.best, seed) for seed in sorted(seeds))
 
 
 def _num_trials(search: Search) -> int:
@@ -251,7 +167,7 @@ def _run(search: Search, level: str, space: Sequence[Mapping[str, Any]] | None) 
         return
     resources = {"memory": float(DRIVER_BYTES)} if config.is_nested else per_worker(config.run)
     trainable = tune.with_resources(tune.with_parameters(trial, search=search.plain), resources)
-    if level == "search" and tune.Tuner.can_restore(str(folder / level)):
+    if level == "search" and tune.Tuner.can_restore(str(folder / level)) and any((folder / level).glob("experiment_state-*.json")):
         tuner = tune.Tuner.restore(str(folder / level), trainable, resume_unfinished=True, restart_errored=True)
     else:
         shutil.rmtree(folder / level, ignore_errors=True)
@@ -265,8 +181,6 @@ def _run(search: Search, level: str, space: Sequence[Mapping[str, Any]] | None) 
 
 def _tuner(search: Search, trainable: Any, level: str, space: Sequence[Mapping[str, Any]] | None) -> Any:
     from ray import tune
-
-    from tuning.watch import Watcher
 
     config, searcher, param_space = search.config, None, {}
     if space is None:
@@ -307,13 +221,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def concurrency(config: SearchConfig) -> int:
-    """Trials at a time: what the cluster holds, which Ray Tune does not know of trials with a worker group of their own."""
-    import ray
-
-    have, need = ray.cluster_resources(), per_worker(config.run)
-    fits = min(int(have.get(name, 0) // (amount * config.run.workers)) for name, amount in need.items())
-    return min(fits, config.max_concurrent or fits)
+def _clip(bounds: Mapping[str, tuple[float, float]], config: dict[str, Any]) -> dict[str, Any]:
+    """What PBT has perturbed, within the space."""
+    params = config[POINT]["params"]
+    for key, (low, high) in bounds.items():
+        params[key] = min(max(params[key], low), high)
+    return config
 
 
 def _scheduler(search: Search) -> Any:
@@ -330,6 +243,7 @@ def _scheduler(search: Search) -> Any:
     random.seed(search.config.run.seed)  # PBT draws from the global generators
     np.random.seed(search.config.run.seed % 2**32)
     (task,) = search.space
+    bounds = {key: (domain.ends()[0], domain.ends()[1]) for key, domain in search.space[task].items() if domain.choice is None}
     return PopulationBasedTraining(
         time_attr=PROGRESS,
         metric=OBJECTIVE,
@@ -337,5 +251,6 @@ def _scheduler(search: Search) -> Any:
         perturbation_interval=100 * scheduler.every,
         quantile_fraction=scheduler.quantile,
         hyperparam_mutations={POINT: {"params": {key: domain.to_mutate() for key, domain in search.space[task].items()}}},
+        custom_explore_fn=partial(_clip, bounds),
         log_config=False,
     )

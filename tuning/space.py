@@ -7,202 +7,24 @@ and a `Point` has the command that makes it again.
 
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-
-from raysparse.config import Config, ConfigError, merge, parse_override, read_yaml
+from raysparse.config import ConfigError, merge, parse_override, read_yaml
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import identity_of
 from raysparse.recipes.pretrain import PretrainConfig
-from raysparse.sparsity import counter
+from raysparse.recipes.training import check_sizes
 from raysparse.tasks.metrics import LOWER_IS_BETTER
 from raysparse.train.run import RunConfig
+from tuning.config import NSGA2, PBT, Grid, NoScheduler, Optuna, Random, SearchConfig, StageConfig
+from tuning.domain import Space, combinations, draw, is_plain, representatives
 
 LOSS = "validation_loss"
-Number = int | float
 C = TypeVar("C", bound=PretrainConfig | FinetuneConfig)
-
-
-class Domain(Config):
-    """The values of one key; exactly one of these."""
-
-    choice: tuple[Any, ...] | None = None
-    """Any of these, which may be whole sections: ``{choice: [0, 0.5, 0.75]}``."""
-    uniform: tuple[float, float] | None = None
-    """A float of [low, high)."""
-    loguniform: tuple[float, float] | None = None
-    """A float whose logarithm is uniform: learning rates."""
-    randint: tuple[int, int] | None = None
-    """An integer of [low, high)."""
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if len(given := [name for name, value in self if value is not None]) != 1:
-            raise ValueError(f"Expected one of choice, uniform, loguniform, randint. Got {', '.join(given) or 'none'}")
-        if self.choice is not None:
-            if not self.choice:
-                raise ValueError("Expected at least one value in choice. Got none")
-            if len(set(map(json.dumps, self.choice))) < len(self.choice):
-                raise ValueError(f"Expected different values in choice. Got one twice in {list(self.choice)}")
-        else:
-            low, high = self.bounds
-            if not low < high or (self.loguniform and low <= 0):
-                raise ValueError(f"Expected [low, high] with low < high{', both above 0' * bool(self.loguniform)}. Got {[low, high]}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if value is not None}
-
-    @property
-    def bounds(self) -> tuple[Number, Number]:
-        """Of a domain that is no choice."""
-        found = self.uniform or self.loguniform or self.randint
-        assert found is not None
-        return found
-
-    def ends(self) -> tuple[Any, ...]:
-        """Values that stand for all: every one of a choice, both ends of a range."""
-        return self.choice if self.choice is not None else (self.bounds[0], self.bounds[1] - 1 if self.randint else self.bounds[1])
-
-    def at(self, share: float) -> Any:
-        """The value at `share` of [0, 1) of the domain."""
-        if self.choice is not None:
-            return self.choice[int(share * len(self.choice))]
-        low, high = self.bounds
-        if self.loguniform:
-            return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-        return math.floor(low + share * (high - low)) if self.randint else low + share * (high - low)
-
-    def to_tune(self) -> Any:
-        """As Ray Tune has it; a choice by its index, for its values may be anything."""
-        from ray import tune
-
-        if self.choice is not None:
-            return tune.choice(list(range(len(self.choice))))
-        kinds = {"uniform": tune.uniform, "loguniform": tune.loguniform, "randint": tune.randint}
-        return next(kinds[name](*bounds) for name, bounds in self if bounds is not None)
-
-    def to_mutate(self) -> Any:
-        """As Ray Tune's PBT has it."""
-        return list(self.choice) if self.choice is not None else self.to_tune()
-
-    def of_tune(self, value: Any) -> Any:
-        """The value that `to_tune`'s stands for."""
-        return value if self.choice is None else self.choice[value]
-
-
-Space = dict[str, Domain]
-"""Dotted key -> values."""
-
-
-class StageConfig(Config):
-    """The config of a kind of run: its YAML files, what to change in them, and what to search."""
-
-    files: tuple[str, ...] = Field(min_length=1)
-    """Config files of the stage's own verb, merged left to right."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Keys to change in every run of the stage, for example ``pretrain.set.training.length=100``."""
-    space: Space = Field(default_factory=dict)
-    """Dotted key -> its values: ``optimizer.lr: {loguniform: [1e-5, 1e-3]}``."""
-
-
-class Grid(Config):
-    """Every combination, at every seed."""
-
-    type: Literal["grid"] = "grid"
-
-
-class Random(Config):
-    """Points drawn from the space, functions of run.seed."""
-
-    type: Literal["random"] = "random"
-    num_samples: int = Field(16, ge=1)
-    """Points of each cell (a task and a pre-trained model)."""
-
-
-class Optuna(Config):
-    """Optuna's TPE: each cell's next points follow from how its earlier ones did (pip install raysparse[tune])."""
-
-    type: Literal["optuna"] = "optuna"
-    num_samples: int = Field(16, ge=1)
-    """Points of each cell (a task and a pre-trained model)."""
-
-
-class NSGA2(Config):
-    """Optuna's NSGA-II: score and counted FLOPs at once, over pre-trained models too: a Pareto front of each task."""
-
-    type: Literal["nsga2"] = "nsga2"
-    num_samples: int = Field(32, ge=1)
-    """Points of each task."""
-
-
-class NoScheduler(Config):
-    """Every trial runs to its end."""
-
-    type: Literal["none"] = "none"
-
-
-class ASHA(Config):
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): at each rung the best 1 / reduction of a cell go on."""
-
-    type: Literal["asha"] = "asha"
-    grace: float = Field(0.2, gt=0, lt=1)
-    """Share of the steps before which no trial is stopped: the first rung."""
-    reduction: int = Field(2, ge=2)
-    """Steps and stopped trials from rung to rung."""
-
-
-class PBT(Config):
-    """Population based training (Jaderberg et al. 2017, arXiv:1711.09846): the worst go on from the best's weights, settings perturbed."""
-
-    type: Literal["pbt"] = "pbt"
-    every: float = Field(0.2, gt=0, lt=1)
-    """Share of the steps between perturbations; a validation and a checkpoint each."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
-    """Share of the population that is replaced, and replaces."""
-
-
-class SearchConfig(Config):
-    """`raysparse tune`: which sparsity and which settings give a task the best score for the fewest FLOPs; ends with report.html."""
-
-    run: RunConfig = RunConfig(name="search")
-    """Name and place of the whole; folder, seed, workers, threads, device, precision and parity hold for every run."""
-    pretrain: StageConfig | None = None
-    """Every combination of its space is pre-trained once; null: the tasks' model.path says what to fine-tune."""
-    tasks: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], StageConfig] = Field(default_factory=dict)
-    """Name -> fine-tunings of it. None: pre-training itself is searched."""
-    algorithm: Annotated[Grid | Random | Optuna | NSGA2, Field(discriminator="type")] = Grid()
-    scheduler: Annotated[NoScheduler | ASHA | PBT, Field(discriminator="type")] = NoScheduler()
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    """run.seed of the fine-tunings. A grid has all points at all seeds; else the best of each cell is run again at those it lacks."""
-    metric: str = "auto"
-    """What settings are chosen by, on the validation split: validation_loss, or the task's first score where it has
-    validate_by=metric. auto: the latter where it is there."""
-    tolerance: float = Field(0.5, ge=0)
-    """How much worse than dense the task's first score may be, in its own units: of what the report recommends."""
-    keep: int = Field(1, ge=1)
-    """Trials of each cell whose model and checkpoints are kept, the best ones."""
-    max_concurrent: int = Field(0, ge=0)
-    """Trials at a time; 0: as many as the cluster holds."""
-    max_failures: int = Field(2, ge=0)
-    """How often a trial that died is tried again, from its last checkpoint."""
-
-    @property
-    def path(self) -> Path:
-        return self.run.path
-
-    @property
-    def is_nested(self) -> bool:
-        """Whether a trial has a worker group of Ray Train, and does not run in the trial's own process."""
-        return self.run.workers > 1
 
 
 @dataclass(frozen=True)
@@ -247,16 +69,18 @@ class Search:
         """Raises:
         ConfigError: a stage whose config is not valid at an end of a domain, an unknown key, or parts that do not go together.
         """
+        self.config = config
         self.contents = {name: _read(stage.files) for name, stage in _stages(config)} if contents is None else contents
         if config.pretrain is None and not config.tasks:
             raise ConfigError("Expected pretrain or tasks. Got neither. Example: tuning/spaces/docstrings.yaml")
-        self.config = config
-        if config.pretrain is not None:
-            for settings in _representatives(config.pretrain.space, "pretrain.space"):
-                self._pretrain(settings)
-        for name, stage in config.tasks.items():
-            for settings in _representatives(stage.space, f"tasks.{name}.space"):
-                self._finetune(Point(name, self.models()[0], settings, config.seeds[0]), "run")
+        for name, stage in _stages(config):
+            self._check_owned(name, stage)
+        for settings in self.first_level():
+            self.pretrain_config(settings)
+        for task, space in self.space.items():
+            for settings in representatives(space):
+                for model in self.models(task):
+                    self.trial_config(Point(task, model, settings, config.seeds[0]))
         self._check_together()
 
     @classmethod
@@ -275,21 +99,27 @@ class Search:
 
     @property
     def space(self) -> dict[str | None, Space]:
-        """Task -> what a trial of it searches; key None where pre-training itself is searched."""
-        if self.config.tasks:
-            return {name: stage.space for name, stage in self.config.tasks.items()}
-        assert self.config.pretrain is not None
-        return {None: self.config.pretrain.space}
+        """Task -> what a trial of it searches within a cell; key None where pre-training itself is searched."""
+        return {
+            task: {key: domain for key, domain in stage.space.items() if key != self._model_key(task)}
+            for task, stage in (self.config.tasks.items() if self.config.tasks else [(None, self._stage(None))])
+        }
 
-    def models(self) -> list[dict[str, Any]]:
-        """Settings of the pre-trainings that tasks start from, a combination each; one without settings where there is no such level."""
-        if self.config.pretrain is None or not self.config.tasks:
-            return [{}]
-        return list(combinations(self.config.pretrain.space, "pretrain.space"))
+    def first_level(self) -> list[dict[str, Any]]:
+        """Settings of the models that are pre-trained for the tasks."""
+        return self.models(next(iter(self.config.tasks))) if self.config.pretrain is not None and self.config.tasks else []
+
+    def models(self, task: str | None) -> list[dict[str, Any]]:
+        """Settings that set the cells of a task apart: of the pre-trainings that it starts from, of the model where there is no such
+        level, of sparsity where pre-training itself is searched."""
+        if task is not None and self.config.pretrain is not None:
+            return list(combinations(self.config.pretrain.space, "pretrain.space"))
+        key, space = self._model_key(task), self._stage(task).space
+        return list(combinations({key: space[key]} if key in space else {}, "a cell"))
 
     def cells(self) -> list[tuple[str | None, dict[str, Any]]]:
-        """(task, settings of the model that it starts from), each searched by itself."""
-        return [(task, model) for task in self.space for model in self.models()]
+        """(task, settings of its model), each searched by itself."""
+        return [(task, model) for task in self.space for model in self.models(task)]
 
     def points(self) -> list[Point]:
         """Of a grid or a random search: every trial, of all cells; a point that is drawn twice is one."""
@@ -300,39 +130,50 @@ class Search:
                 drawn = [draw(space, self.config.run.seed, i) for i in range(self.config.algorithm.num_samples)]
                 found += [Point(task, model, params, seeds[0]) for params in drawn]
             else:
-                key = "pretrain.space" if task is None else f"tasks.{task}.space"
-                found += [Point(task, model, params, seed) for params in combinations(space, key) for seed in seeds]
+                found += [Point(task, model, params, seed) for params in combinations(space, _where(task)) for seed in seeds]
         return list({point.digest: point for point in found}.values())
 
     def pretrain_config(self, settings: Mapping[str, Any]) -> PretrainConfig:
         """Of a model that tasks start from: its folder is its content's, so that every search of this run.folder shares it."""
-        config = self._pretrain(settings)
+        config = self._config(PretrainConfig, "pretrain", settings, self._run("run", None), {})
         digest = hashlib.sha256(json.dumps(identity_of(config), sort_keys=True).encode()).hexdigest()[:10]
-        run = config.run.model_copy(
-            update={"name": f"sparsity{config.sparsity.target:g}-{digest}", "folder": str(self.config.path.parent / "pretrained")}
-        )
+        name = f"sparsity{config.sparsity.target:g}-{digest}"
+        run = config.run.model_copy(update={"name": name, "folder": str(self.path.parent / "pretrained")})
         return config.model_copy(update={"run": run})
 
     def trial_config(self, point: Point) -> PretrainConfig | FinetuneConfig:
-        name = f"{point.task or 'pretrain'}-{point.digest}"
-        return self._pretrain(point.params, name, point.seed) if point.task is None else self._finetune(point, name)
+        where, settings, model = self._parts(point)
+        run = self._run(f"{point.task or 'pretrain'}-{point.digest}", point.seed)
+        if point.task is None:
+            return self._config(PretrainConfig, where, settings, run, model)
+        return self._config(FinetuneConfig, where, settings, run, model)
+
+    def parent(self, point: Point) -> Path | None:
+        """The run that a trial starts from; None: none, or a model that no run left."""
+        config = self.trial_config(point)
+        if isinstance(config, PretrainConfig) or config.model.path is None:
+            return None
+        folder = Path(config.model.path)
+        places = [place for place in (folder, folder.parent) if (place / "identity.json").exists()]
+        return folder if self.config.pretrain is not None else next(iter(places), None)
 
     def command(self, point: Point) -> str:
         """The line that makes a trial again, in a folder of its own."""
-        where = "pretrain" if point.task is None else f"tasks.{point.task}"
-        stage, config = dict(_stages(self.config))[where], self.trial_config(point)
+        where, settings, model = self._parts(point)
+        config = self.trial_config(point)
         run = config.run.model_copy(update={"name": f"{config.run.name}-again", "folder": self.config.run.folder})
-        values = self._values(where, point.params, {"run": run.model_dump(mode="json")}, self._model_of(point))
+        values = self._values(where, settings, {"run": run.model_dump(mode="json")}, model)
         usual = {f"run.{key}": value for key, value in RunConfig().model_dump(mode="json").items()}
         written = dict(flat(self.contents[where]))
         words = [_word(key, value) for key, value in flat(values) if value != written.get(key, usual.get(key, ...))]
-        return shlex.join(["raysparse", "pretrain" if point.task is None else "finetune", *stage.files, *words])
+        return shlex.join(["raysparse", "pretrain" if point.task is None else "finetune", *self._stage(point.task).files, *words])
 
     def metric(self, task: str | None) -> str:
         """What settings of a task are chosen by."""
         reported = [LOSS]
         if task is not None:
-            config = self._finetune(self.some_point(task), "run")
+            config = self.trial_config(self.some_point(task))
+            assert isinstance(config, FinetuneConfig)
             if config.validate_by == "metric" and config.task.primary != "perplexity":
                 reported.append(config.task.primary)
         if self.config.metric == "auto":
@@ -350,23 +191,27 @@ class Search:
 
     def some_point(self, task: str | None) -> Point:
         """One of a task's, to look at its config."""
-        return Point(task, self.models()[0], {key: domain.ends()[0] for key, domain in self.space[task].items()}, self.config.seeds[0])
+        params = {key: domain.ends()[0] for key, domain in self.space[task].items()}
+        return Point(task, self.models(task)[0], params, self.config.seeds[0])
 
-    def _pretrain(self, settings: Mapping[str, Any], name: str = "run", seed: int | None = None) -> PretrainConfig:
-        return self._config(PretrainConfig, "pretrain", settings, self._run(name, seed), {})
+    def _stage(self, task: str | None) -> StageConfig:
+        return dict(_stages(self.config))[_where(task).removesuffix(".space")]
 
-    def _finetune(self, point: Point, name: str) -> FinetuneConfig:
-        return self._config(FinetuneConfig, f"tasks.{point.task}", point.params, self._run(name, point.seed), self._model_of(point))
+    def _model_key(self, task: str | None) -> str:
+        """The key whose values set cells apart where there is no first level."""
+        return "sparsity.target" if task is None else "model.path"
+
+    def _parts(self, point: Point) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """A point's stage, the settings of it, and the model that the first level gives it."""
+        where = _where(point.task).removesuffix(".space")
+        if point.task is None or self.config.pretrain is None:
+            return where, {**point.pretrain, **point.params}, {}
+        return where, dict(point.params), {"model": {"path": str(self.pretrain_config(point.pretrain).run.path)}}
 
     def _run(self, name: str, seed: int | None) -> dict[str, Any]:
         """The run section of every stage: the search's, in a folder below its own."""
         own = {"name": name, "folder": str(self.path / "trials")} | ({} if seed is None else {"seed": seed})
         return {"run": self.config.run.model_dump(mode="json") | own}
-
-    def _model_of(self, point: Point) -> dict[str, Any]:
-        if point.task is None or self.config.pretrain is None:
-            return {}
-        return {"model": {"path": str(self.pretrain_config(point.pretrain).run.path)}}
 
     def _values(self, where: str, settings: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config of a stage: its files, the search's run, the user's changes, the point."""
@@ -378,15 +223,30 @@ class Search:
 
     def _config(self, kind: type[C], where: str, settings: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]) -> C:
         try:
-            return kind.check(self._values(where, settings, run, model))
+            config = kind.check(self._values(where, settings, run, model))
+            check_sizes(config)
+            return config
         except ConfigError as error:
             at = ", ".join(f"{key}={_short(value)}" for key, value in settings.items())
             raise ConfigError(f"{where}{f' at {at}' if at else ''}: {error}") from None
 
+    def _check_owned(self, name: str, stage: StageConfig) -> None:
+        """What the search sets in every run is not the stage's to change."""
+        keys = [key for key in (*dict(flat(stage.set)), *stage.space) if key == "run" or key.startswith("run.")]
+        if self.config.pretrain is not None and name != "pretrain":
+            keys += [key for key in (*dict(flat(stage.set)), *stage.space) if key == "model.path"]
+        if keys:
+            raise ConfigError(
+                f"Expected {name} without {', '.join(keys)}, which the search sets. Change the search's own run section (run.seed is of "
+                "pre-training, seeds of the trials), or leave pretrain out to fine-tune models that are there."
+            )
+
     def _check_together(self) -> None:
         config = self.config
-        for task in self.space:
+        for task, space in self.space.items():
             self.metric(task)
+            if isinstance(config.algorithm, Optuna) and not space:
+                raise ConfigError(f"Expected keys in {_where(task)} for algorithm.type=optuna. Got none. Use algorithm.type=grid.")
         if isinstance(config.scheduler, PBT):
             if config.is_nested:
                 raise ConfigError(
@@ -399,13 +259,17 @@ class Search:
                     f"Expected one task, one pre-trained model and algorithm.type grid or random with scheduler.type=pbt: one population. "
                     f"Got {len(self.cells())} cells and {config.algorithm.type}. Search them one after another, or use scheduler.type=asha."
                 )
-            if fixed := [key for space in self.space.values() for key, domain in space.items() if not _is_plain(domain)]:
+            if fixed := [key for space in self.space.values() for key, domain in space.items() if not is_plain(domain)]:
                 raise ConfigError(f"Expected plain values to perturb with scheduler.type=pbt. Got sections in {', '.join(fixed)}.")
         if isinstance(config.algorithm, NSGA2) and not isinstance(config.scheduler, NoScheduler):
             raise ConfigError(
                 f"Expected scheduler.type=none with algorithm.type=nsga2, which judges FLOPs and score of whole runs. "
                 f"Got {config.scheduler.type}. Use scheduler.type=none or algorithm.type=optuna."
             )
+
+
+def _where(task: str | None) -> str:
+    return "pretrain.space" if task is None else f"tasks.{task}.space"
 
 
 def _stages(config: SearchConfig) -> Iterator[tuple[str, StageConfig]]:
@@ -420,27 +284,6 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
     for file in files:
         values = merge(values, read_yaml(file))
     return values
-
-
-def combinations(space: Space, where: str) -> Iterator[dict[str, Any]]:
-    """Key -> value of every combination.
-
-    Raises:
-        ConfigError: a range, of which there is no every.
-    """
-    ranges = [key for key, domain in space.items() if domain.choice is None]
-    if ranges:
-        raise ConfigError(
-            f"Expected choices for every combination of {where}. Got a range for {', '.join(ranges)}. "
-            f"List values ({ranges[0]}: {{choice: [...]}}), or use algorithm.type=random or optuna where it is a task's."
-        )
-    for values in product(*(domain.choice or () for domain in space.values())):
-        yield dict(zip(space, values, strict=True))
-
-
-def draw(space: Space, seed: int, index: int) -> dict[str, Any]:
-    """The index-th random point: a function of the seed, the index and each key."""
-    return {key: domain.at(counter.key(seed, "tune", index, key) % 2**53 / 2**53) for key, domain in space.items()}
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,17 +310,6 @@ def _word(key: str, value: Any) -> str:
     if isinstance(value, str) and parse_override(f"{key}={value}") == nested({key: value}):
         return f"{key}={value}"
     return f"{key}={json.dumps(value)}"
-
-
-def _representatives(space: Space, where: str) -> Iterator[dict[str, Any]]:
-    """Settings in which every end of every domain occurs."""
-    ends = {key: domain.ends() for key, domain in space.items()}
-    for i in range(max(map(len, ends.values()), default=1)):
-        yield {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
-
-
-def _is_plain(domain: Domain) -> bool:
-    return all(isinstance(value, int | float | str) for value in domain.ends())
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ Everything a trial does lies in a run folder, as if `raysparse finetune` had bee
 was lost goes on from its last checkpoint.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,8 @@ from raysparse.recipes.job import Job, finished
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.train.error import TrainingError
 from raysparse.train.metrics import Console
-from tuning.space import LOSS, PBT, Point, Search
+from tuning.config import PBT
+from tuning.space import LOSS, Point, Search
 
 POINT, MODEL = "point", "model"
 """Keys of Ray Tune's config: the fields of the trial's `Point`, or the settings of a model to pre-train."""
@@ -27,6 +29,8 @@ FOLDER, OBJECTIVE, FLOPS, PROGRESS = "folder", "objective", "flops", "progress"
 """Of what a trial reports: its run folder, what it is chosen by, counted FLOPs end to end, percent of its steps."""
 STATUS, ERROR = "status", "error"
 """Of its last report: finished or failed, and why."""
+LOG = "log.txt"
+"""In a run folder: the lines that a console would show."""
 HANDOVER = "handover"
 """In a run folder: the checkpoint that Ray Tune takes a copy of."""
 
@@ -38,18 +42,25 @@ def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
         params: `POINT` or `MODEL`.
         search: `Search.plain`.
     """
+    import ray
     from ray import tune
 
     found = Search.of(search)
+    if not (found.config.is_nested or ray.get_gpu_ids()):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one that this trial has no share of
     if POINT not in params:
         _Trial(found, found.pretrain_config(params[MODEL]), LOSS, lower=True).run(None)
         return
     point = Point(**params[POINT])
     config, given = found.trial_config(point), None
-    if isinstance(found.config.scheduler, PBT) and (checkpoint := tune.get_checkpoint()) is not None:
-        given = Path(checkpoint.path)
-        origin = Point(point.task, point.pretrain, {**point.params, "from": [tune.get_context().get_trial_id(), str(given)]}, point.seed)
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{point.task or 'pretrain'}-{origin.digest}"})})
+    if isinstance(found.config.scheduler, PBT):
+        checkpoint, own = tune.get_checkpoint(), f"{point.task or 'pretrain'}-{tune.get_context().get_trial_id()}"
+        given = None if checkpoint is None else Path(checkpoint.path)
+        start = hashlib.sha256(f"{point.digest} {given}".encode()).hexdigest()[:10]
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{own}-{start}"})})
+        for former in [folder for folder in config.run.path.parent.glob(f"{own}-*") if folder != config.run.path]:
+            for what in ("checkpoints", HANDOVER):
+                shutil.rmtree(former / what, ignore_errors=True)
     _Trial(found, config, found.metric(point.task), found.lower_is_better(point.task)).run(given)
 
 
@@ -116,6 +127,9 @@ class Reporter(Console):
         self._validation: tuple[int, dict[str, Any]] = 0, {}
 
     def show(self, record: Mapping[str, Any]) -> None:
+        if "text" in record:
+            with (self._job.path / LOG).open("a", encoding="utf-8") as stream:
+                stream.write(record["text"] + "\n")
         if "loss" in record:
             self._train = {"flops": record["flops"], "seconds": record["seconds"]}
         if "validation_loss" not in record:

@@ -1,16 +1,18 @@
 """What the driver does while trials run: a line for each, the list of what became of them, and room on the disk."""
 
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
-from raysparse.report.search import canonical, read_search
+from raysparse.recipes.job import write_atomically
 from tuning.space import LOSS, Point, Search
 from tuning.trial import ERROR, FOLDER, HANDOVER, MODEL, OBJECTIVE, POINT, PROGRESS, STATUS
 
@@ -44,20 +46,15 @@ class Watcher(Callback):
         told = f"{self._metric(trial)} {value:.4f}" if status != "failed" and value is not None else f"{error}"
         where = f" at {result.get(PROGRESS, 0):.0f} %" if status == "stopped" else ""
         self._say(f"[{ended:>3}/{self._total}] {status}{where}", trial, told)
-        if POINT not in trial.config:
-            return
-        search = self._search
-        point = Point(**trial.config[POINT])
-        record = self._record(search, point, result, status, error)
-        root = search.path
-        with (root / TRIALS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        prune(search, point)
+        if POINT in trial.config:
+            record = self._record(self._search, Point(**trial.config[POINT]), result, status, error)
+            write_record(self._search.path, record)
+            prune(self._search, record)
 
     def _record(self, search: Search, point: Point, result: Mapping[str, Any], status: str, error: str | None) -> dict[str, Any]:
         folder = Path(result.get(FOLDER) or search.trial_config(point).run.path)
         value = result.get(OBJECTIVE)
-        has_models = search.config.pretrain is not None and point.task is not None
+        parent = search.parent(point)
         return {
             "folder": str(folder.relative_to(search.path)),
             "status": status,
@@ -65,7 +62,7 @@ class Watcher(Callback):
             "pretrain": dict(point.pretrain),
             "params": dict(point.params),
             "seed": point.seed,
-            "parent": str(search.pretrain_config(point.pretrain).run.path) if has_models else None,
+            "parent": None if parent is None else str(parent),
             "command": search.command(point),
             "metric": search.metric(point.task),
             "lower_is_better": search.lower_is_better(point.task),
@@ -74,7 +71,7 @@ class Watcher(Callback):
             "exported": (folder / "export").exists(),
         }
 
-    @property
+    @cached_property
     def _search(self) -> Search:
         return Search.of(self._plain)
 
@@ -88,17 +85,29 @@ class Watcher(Callback):
         print(f"{head:<26} {what} | {told}", file=sys.stderr, flush=True)
 
 
-def prune(search: Search, point: Point) -> None:
-    """Of a cell keep the models of the best settings alone, and checkpoints of no trial that has ended."""
-    root = search.path
-    cells = [cell for cell in read_search(root).cells if (cell.task, canonical(cell.pretrain)) == (point.task, canonical(point.pretrain))]
-    for cell in cells:
-        sign = 1 if search.lower_is_better(cell.task) else -1
-        ended = [(sign * one.objective, one.folder) for one in cell.trials if one.status == "finished" and one.objective is not None]
-        best = [folder for _, folder in sorted(ended)[: search.config.keep]]
-        best += [trial.folder for trial in cell.chosen]
-        for trial in cell.trials:
-            shutil.rmtree(root / trial.folder / HANDOVER, ignore_errors=True)
-            if trial.folder not in best:
-                shutil.rmtree(root / trial.folder / "export", ignore_errors=True)
-            shutil.rmtree(root / trial.folder / "checkpoints", ignore_errors=True)
+def records(path: Path) -> list[dict[str, Any]]:
+    """What became of the trials that have ended, in that order."""
+    return [json.loads(line) for line in (path / TRIALS).read_text(encoding="utf-8").splitlines()] if (path / TRIALS).exists() else []
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add what became of a trial, in the place of what was known of its folder; the file is whole at any time."""
+    kept = [other for other in records(path) if other["folder"] != record["folder"]]
+    write_atomically(path / TRIALS, "".join(json.dumps(one) + "\n" for one in (*kept, record)))
+
+
+def forget(path: Path, folder: str) -> None:
+    """The trial is to be run again: first it is no longer listed, then its folder goes."""
+    write_atomically(path / TRIALS, "".join(json.dumps(one) + "\n" for one in records(path) if one["folder"] != folder))
+    shutil.rmtree(path / folder, ignore_errors=True)
+
+
+def prune(search: Search, ended: Mapping[str, Any]) -> None:
+    """A trial that has ended keeps no checkpoints; of finished ones in its cell the best keep their models."""
+    for what in ("checkpoints", "validated", HANDOVER):
+        shutil.rmtree(search.path / ended["folder"] / what, ignore_errors=True)
+    cell = [one for one in records(search.path) if (one["task"], one["pretrain"]) == (ended["task"], ended["pretrain"])]
+    scored = [one for one in cell if one["status"] == "finished" and one["objective"] is not None and not math.isnan(one["objective"])]
+    scored.sort(key=lambda one: one["objective"], reverse=not ended["lower_is_better"])
+    for one in scored[search.config.keep :]:
+        shutil.rmtree(search.path / one["folder"] / "export", ignore_errors=True)

@@ -114,7 +114,7 @@ class Cell:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The settings chosen: of those with most finished seeds the ones with the best mean objective, the first of equals.
+        """The settings chosen: those with the best mean objective over their finished seeds, of equals the ones with more seeds.
 
         None where no trial has finished with an objective; empty where the task has no settings to search.
         """
@@ -122,19 +122,25 @@ class Cell:
 
     @cached_property
     def chosen(self) -> tuple[Trial, ...]:
-        """The finished trials of the `best` settings, by seed; of two with one seed the later."""
+        """The finished trials of the `best` settings, by seed; of two with one seed the better."""
         by_settings: dict[str, dict[int, Trial]] = {}
-        for trial in self.trials:
+        for trial in sorted(self.trials, key=badness, reverse=True):
             if trial.status == "finished" and trial.objective is not None:
                 by_settings.setdefault(canonical(trial.params), {})[trial.seed] = trial
 
-        def rank(seeds: Mapping[int, Trial]) -> tuple[int, bool, float]:
-            mean = fmean(trial.objective for trial in seeds.values() if trial.objective is not None)
-            lower = next(iter(seeds.values())).lower_is_better
-            return -len(seeds), math.isnan(mean), mean if lower else -mean
+        def rank(seeds: Mapping[int, Trial]) -> tuple[float, int]:
+            return fmean(map(badness, seeds.values())), -len(seeds)
 
         seeds = min(by_settings.values(), key=rank, default={})
         return tuple(seeds[seed] for seed in sorted(seeds))
+
+
+def badness(trial: Trial) -> float:
+    """What is to be small: the objective, negative where higher is better; infinite where there is none."""
+    value = trial.objective
+    if value is None or math.isnan(value):
+        return math.inf
+    return value if trial.lower_is_better else -value
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def pareto_panels(finding: Finding, cells: Sequence[Cell], metric: str) -> str:
     """The primary score over counted FLOPs and over measured seconds, both end to end.
 
     Every finished trial is a faint dot, the mean of each cell's chosen trials a mark with its label; the means that no other beats
-    are joined. Dotted: the dense mean less the tolerance.
+    are joined, and dashed the single trials that no other beats. Dotted: the dense mean less the tolerance.
 
     Args:
         cells: all of the task; the place in it is the look of a cell.
@@ -34,7 +34,7 @@ def pareto_panels(finding: Finding, cells: Sequence[Cell], metric: str) -> str:
             ("seconds", 1.0, "measured seconds, end to end"),
         )
         for axes, (what, scale, label) in zip(panels, measures, strict=True):
-            _trials(axes, cells, finding.metric, what, scale)
+            _trials(axes, cells, finding, what, scale)
             points = _means(finding, cells, what, scale)
             front = [points[k] for k in pareto([(x, y) for _, _, x, y in points], finding.lower_is_better)]
             axes.plot([x for _, _, x, _ in front], [y for *_, y in front], color=INK, linewidth=0.8, zorder=1)
@@ -97,12 +97,16 @@ def importance_bars(shares: Mapping[str, tuple[float, float]]) -> str:
         return svg(figure, "Which settings mattered")
 
 
-def _trials(axes: Any, cells: Sequence[Cell], metric: str, what: str, scale: float) -> None:
-    """Every finished trial, faintly."""
+def _trials(axes: Any, cells: Sequence[Cell], finding: Finding, what: str, scale: float) -> None:
+    """Every finished trial, and the front of these, faintly."""
+    every: list[tuple[float, float]] = []
     for i, cell in enumerate(cells):
-        known = [(getattr(trial, what), scores_of(trial).get(metric)) for trial in cell.trials]
+        known = [(getattr(trial, what), scores_of(trial).get(finding.metric)) for trial in cell.trials]
         places = [(cost / scale, score) for cost, score in known if cost is not None and score is not None]
         axes.plot([x for x, _ in places], [y for _, y in places], **(dots(i) | {"markersize": 3, "alpha": 0.35}), linestyle="", zorder=2)
+        every += places
+    front = [every[k] for k in pareto(every, finding.lower_is_better)]
+    axes.plot([x for x, _ in front], [y for _, y in front], color=INK, linewidth=0.6, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
 
 
 def _tolerance(axes: Any, finding: Finding) -> None:

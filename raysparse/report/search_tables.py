@@ -222,6 +222,10 @@ def reproduce(search: Search, finding: Finding) -> tuple[str, list[str]]:
         sentences.append(f"Its exported model: {exported}")
     else:
         sentences.append("Its exported model is no longer there; the command makes it again.")
+    if search.config["scheduler"].get("type") == "pbt":
+        sentences.append(
+            "It went on from other trials' weights: the command trains its last settings from the start, which is another model."
+        )
     if trial.parent:
         sentences.append(f"It started from {trial.parent}, whose config.yaml holds its pre-training.")
     return command, sentences

@@ -1,18 +1,25 @@
 """Rungs of one cell know nothing of another's."""
 
+import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from tuning.cells import CellScheduler, CellSearcher
-from tuning.space import Point, Search, SearchConfig
+from tuning.check import CONFIG
+from tuning.config import SearchConfig
+from tuning.space import Point, Search
 from tuning.trial import FLOPS, OBJECTIVE, POINT, PROGRESS
+from tuning.watch import write_record
 
 
 def scheduler(search_values, **changes):
     changes = {"scheduler": {"type": "asha", "grace": 0.25, "reduction": 2}} | changes
-    return CellScheduler(Search(SearchConfig.check(search_values(**changes))))
+    found = Search(SearchConfig.check(search_values(**changes)))
+    found.path.mkdir(parents=True, exist_ok=True)
+    (found.path / CONFIG).write_text(found.config.to_yaml())
+    return CellScheduler(found)
 
 
 def report(own, name, sparsity, objective, progress=25.0):
@@ -37,13 +44,20 @@ def test_nobody_is_stopped_at_the_last_step(search_values):
     assert [report(own, name, 0.0, loss, 100.0) for name, loss in (("b", 1.0), ("a", 2.0))] == ["CONTINUE"] * 2
 
 
-def test_a_resumed_scheduler_remembers_its_rungs(search_values, tmp_path):
+def test_a_resumed_scheduler_knows_what_trials_have_left(search_values):
+    """One trial of the sparse cell was stopped at half of its steps, with 1.0 at a quarter."""
+    path = scheduler(search_values)._path
+    run = path / "trials" / "past"
+    run.mkdir(parents=True)
+    lines = [{"step": step, "steps": 100, "tokens": step, "validation_loss": 25 / step} for step in (25, 50)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 25, "tokens": 25, "loss": 3.0}, *lines]))
+    record = {"folder": "trials/past", "status": "stopped", "task": "pairs", "pretrain": {"sparsity.target": 0.75}, "params": {}, "seed": 0}
+    record |= {"parent": None, "command": "", "metric": "validation_loss", "lower_is_better": True, "objective": 0.5, "error": None}
+    write_record(path, record | {"exported": False})
     own = scheduler(search_values)
-    report(own, "a", 0.75, 1.0)
-    own.save(str(tmp_path / "state"))
-    again = scheduler(search_values)
-    again.restore(str(tmp_path / "state"))
-    assert report(again, "b", 0.75, 2.0) == "STOP"
+    assert report(own, "a", 0.0, 2.0) == "CONTINUE"
+    assert report(own, "b", 0.75, 2.0) == "STOP"
+    assert report(own, "c", 0.75, 0.9) == "CONTINUE"
 
 
 @pytest.fixture
@@ -84,10 +98,14 @@ def test_a_resumed_searcher_goes_on(searcher, tmp_path):
 
 
 def test_score_and_flops_are_weighed_over_models(searcher):
-    own = searcher(algorithm={"type": "nsga2", "num_samples": 20})
+    """The sparse model is a third of the FLOPs and no worse: generations come to it alone."""
+    own = searcher(algorithm={"type": "nsga2", "num_samples": 80})
     points = []
-    for i in range(20):
+    for i in range(80):
         points.append(own.suggest(f"t{i}")[POINT])
-        own.on_trial_complete(f"t{i}", {OBJECTIVE: 1.0, FLOPS: 2.0})
-    assert {point["pretrain"]["sparsity.target"] for point in points} == {0.0, 0.75}
-    assert own.suggest("t20") == own.FINISHED
+        dense = points[-1]["pretrain"]["sparsity.target"] == 0
+        own.on_trial_complete(f"t{i}", {OBJECTIVE: 1.0, FLOPS: 3.0 if dense else 1.0})
+    dense = [point["pretrain"]["sparsity.target"] == 0 for point in points]
+    assert 4 < sum(dense[:20]) < 16
+    assert sum(dense[60:]) < 0.5 * sum(dense[:20])
+    assert own.suggest("t80") == own.FINISHED

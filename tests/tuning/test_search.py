@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from raysparse.__main__ import main
 from raysparse.report.search import read_search
 from tuning import search as driver
-from tuning.space import Search, SearchConfig
+from tuning.config import SearchConfig
+from tuning.space import Search
+from tuning.trial import LOG
 
 pytestmark = pytest.mark.ray
 
@@ -47,7 +49,7 @@ def last_step(config, line):
     return max(record["step"] for record in records)
 
 
-def test_two_levels_from_nothing_to_the_page(ray_instance, search_values, capsys):
+def test_two_levels_from_nothing_to_the_page(ray_instance, search_values, pretrain_values, tmp_path, capsys):
     config = SearchConfig.check(search_values())
     facts, text = driver.search(config, resume=False)
     trials = read_search(config.path).trials
@@ -67,13 +69,22 @@ def test_two_levels_from_nothing_to_the_page(ray_instance, search_values, capsys
     driver.search(config.model_copy(update={"tolerance": 3.0}), resume=True)
     assert {file: file.stat().st_mtime_ns for file in config.path.parent.rglob("summary.json")} == written
 
+    assert_as_by_hand(config, trials, pretrain_values, tmp_path, capsys)
+
+
+def assert_as_by_hand(config, trials, pretrain_values, tmp_path, capsys):
+    """A trial at sparsity 0 is a plain dense run bit for bit: of a model that was pre-trained without a word of sparsity."""
+    plain = {key: value for key, value in pretrain_values.items() if key != "sparsity"} | {"kernels": "dense"}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
+    assert main(["pretrain", str(tmp_path / "plain.yaml"), "--local", "run.name=plain"]) == 0
     dense = next(t for t in trials if t.pretrain["sparsity.target"] == 0 and t.params["optimizer.lr"] == 1e-2)
     capsys.readouterr()
-    assert main([*shlex.split(dense.command)[1:], "--local", "--json"]) == 0
+    words = [*shlex.split(dense.command)[1:], f"model.path={config.path.parent / 'plain'}", "run.name=by_hand"]
+    assert main([*words, "--local", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["loss"] == dense.run.summary["loss"]
     assert again["task"] == dense.run.summary["task"] | {"tokens_per_s": again["task"]["tokens_per_s"]}
-    folders = config.path.parent / again["name"], config.path / dense.folder
+    folders = config.path.parent / "by_hand", config.path / dense.folder
     here, there = (load_file(folder / "export" / "model.safetensors") for folder in folders)
     assert all(here[name].equal(there[name]) for name in here | there)
 
@@ -113,7 +124,8 @@ def test_score_and_flops_at_once(ray_instance, search_values):
     assert Search(config).metric("pairs") == "chrf"
     driver.search(config, resume=False)
     trials = read_search(config.path).trials
-    assert len(trials) in range(1, 5)  # equal points are one run
+    assert len(trials) >= 4  # a point that came again ran at another seed
+    assert {trial.params["training.length"]: trial.run.summary["flops"]["counted"] for trial in trials}.keys() == {4, 8}
     assert all(trial.metric == "chrf" and trial.objective == trial.run.summary["loss"]["validation_score"] for trial in trials)
 
 
@@ -125,12 +137,18 @@ def test_a_population_goes_on_from_the_best(ray_instance, search_values, model):
     )
     driver.search(config, resume=False)
     runs = list((config.path / "trials").iterdir())
-    assert len(runs) > 2, "no trial went on from another's checkpoint"
-    trials = [trial for trial in read_search(config.path).trials if trial.status == "finished"]
-    assert trials
-    losses = {trial.folder: trial.run.summary["loss"]["validation"] for trial in trials}
-    alone = Search(config).trial_config(Search(config).points()[1]).run.path  # 1e-9, as it began
-    assert str(alone.relative_to(config.path)) not in losses or len(losses) > 1
+    went_on = [run for run in runs if (run / LOG).exists() and "going on from step_" in (run / LOG).read_text()]
+    assert len(runs) > 2, "nobody was perturbed"
+    assert went_on
+    untrained = max(json.loads(line)["validation_loss"] for run in runs for line in _validations(run) if json.loads(line)["step"] == 2)
+    trials = read_search(config.path).trials
+    assert len(trials) == 2
+    assert all(trial.objective < 0.9 * untrained for trial in trials), "1e-9 alone learns nothing: it has the other's weights"
+
+
+def _validations(run):
+    file = run / "metrics.jsonl"
+    return [line for line in file.read_text().splitlines() if "validation_loss" in line] if file.exists() else []
 
 
 def command(values, tmp_path, *words):
@@ -191,6 +209,7 @@ def test_a_killed_trial_goes_on(search_values, model, tmp_path):
     (run,) = Search(SearchConfig.check(values)).points()
     path = Search(SearchConfig.check(values)).trial_config(run).run.path
     wait_for(lambda: list(path.glob("checkpoints/*/COMMITTED.json")), process)
+    assert not (path / LOG).exists()
     pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _trains(entry, process.pid)]
     assert len(pids) == 1
     os.kill(pids[0], signal.SIGKILL)
@@ -199,6 +218,7 @@ def test_a_killed_trial_goes_on(search_values, model, tmp_path):
     (trial,) = read_search(folder).trials
     assert trial.status == "finished"
     assert trial.run.summary["steps"] == 100
+    assert "going on from step_" in (path / LOG).read_text()
 
 
 def _trains(entry, session):

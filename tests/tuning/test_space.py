@@ -9,8 +9,10 @@ import pytest
 from raysparse.config import ConfigError, load, merge
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.pretrain import PretrainConfig
-from tuning import search as driver
-from tuning.space import Domain, Point, Search, SearchConfig, combinations, draw, flat, nested
+from tuning import check as driver
+from tuning.config import SearchConfig
+from tuning.domain import Domain, combinations, draw
+from tuning.space import Point, Search, flat, nested
 
 SPACES = sorted(Path(__file__).parents[2].glob("tuning/spaces/*.yaml"))
 PAPER = {"optimizer.lr": 3, "training.sequences": 4}
@@ -50,13 +52,17 @@ def test_domains_that_are_none(search_values, domain, says):
             r"optimizer\.eps=-1:",
         ),
         ({"pretrain": {"space": {"sparsity.target": {"choice": [0.5, 1.5]}}}}, r"pretrain at sparsity\.target=1\.5:"),
-        ({"pretrain": {"space": {"training.warm": {"uniform": [0.1, 0.9]}}}}, r"training\.warm: no such key"),
+        ({"pretrain": {"space": {"training.warm": {"choice": [0.1, 0.9]}}}}, r"training\.warm: no such key"),
         ({"pretrain": {"space": {"optimizer.lr": {"uniform": [0.1, 0.9]}}}}, r"Got a range for optimizer\.lr"),
         ({"metric": "bleu"}, r"trials of pairs report: validation_loss\. Got bleu"),
         ({"scheduler": {"type": "pbt"}}, "one population. Got 2 cells and grid"),
         ({"scheduler": {"type": "pbt"}, "run": {"workers": 2}}, "cannot hand a checkpoint"),
         ({"scheduler": {"type": "asha"}, "algorithm": {"type": "nsga2"}}, r"scheduler\.type=none with algorithm\.type=nsga2"),
         ({"pretrain": None, "tasks": {}}, "Expected pretrain or tasks"),
+        ({"tasks": {"pairs": {"set": {"run": {"name": "one"}}}}}, r"tasks\.pairs without run\.name, which the search sets"),
+        ({"tasks": {"pairs": {"space": {"run.seed": {"choice": [1, 2]}}}}}, r"tasks\.pairs without run\.seed"),
+        ({"tasks": {"pairs": {"space": {"model.path": {"choice": ["a", "b"]}}}}}, r"tasks\.pairs without model\.path"),
+        ({"run": {"workers": 3}}, r"divide training\.sequences"),
         ({"seeds": []}, "seeds"),
     ],
 )
@@ -112,7 +118,7 @@ def test_commands_of_the_shipped_spaces_make_the_trials(file, monkeypatch, tmp_p
 def test_the_papers_grids(file, monkeypatch, tmp_path):
     monkeypatch.chdir(Path(__file__).parents[2])
     found = Search(load(SearchConfig, [file], [f"run.folder={tmp_path}"]))
-    assert [model["sparsity.target"] for model in found.models()] == [0, 0.5, 0.75]
+    assert [model["sparsity.target"] for model in found.first_level()] == [0, 0.5, 0.75]
     for task, space in found.space.items():
         expected = {"optimizer.lr": 6} if task == "curation" else PAPER
         assert {key: len(domain.choice) for key, domain in space.items()} == expected
@@ -126,6 +132,39 @@ def test_models_are_shared_by_all_searches_of_a_folder(search_values):
     third = search(search_values(run={"seed": 1}))
     assert third.pretrain_config({"sparsity.target": 0.75}).run.path != one.pretrain_config({"sparsity.target": 0.75}).run.path
     assert one.pretrain_config({"sparsity.target": 0.75}).run.seed == 0
+
+
+def test_without_tasks_sparsity_sets_cells_apart(search_values):
+    values = search_values(pretrain={"space": {"optimizer.lr": {"choice": [1e-2, 1e-3]}}}, seeds=[0, 1])
+    values["tasks"] = {}
+    found = search(values)
+    assert [point.pretrain for point in found.points()[::4]] == [{"sparsity.target": 0.0}, {"sparsity.target": 0.75}]
+    assert len(found.points()) == 2 * 2 * 2
+    config = found.trial_config(found.points()[-1])
+    assert (config.sparsity.target, config.optimizer.lr, config.run.seed) == (0.75, 1e-3, 1)
+
+
+def test_without_a_first_level_models_set_cells_apart(search_values):
+    values = search_values() | {"pretrain": None}
+    values["tasks"]["pairs"]["space"]["model.path"] = {"choice": ["runs/a", "runs/b"]}
+    found = search(values)
+    assert [cell for _, cell in found.cells()] == [{"model.path": "runs/a"}, {"model.path": "runs/b"}]
+    assert {found.trial_config(point).model.path for point in found.points()} == {"runs/a", "runs/b"}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "workers", "fits"), [((4, 4), 1, 1, 8), ((4, 4), 3, 1, 2), ((4, 4), 3, 2, 1), ((16, 3), 4, 1, 4)]
+)
+def test_as_many_trials_as_the_nodes_hold(search_values, monkeypatch, cpus, threads, workers, fits):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpu}} for cpu in cpus])
+    monkeypatch.setattr(driver, "per_worker", lambda run: {"CPU": float(run.threads)})
+    config = SearchConfig.check(search_values(run={"threads": threads, "workers": workers}))
+    assert driver.concurrency(config) == fits
+    assert driver.concurrency(config.model_copy(update={"max_concurrent": 1})) == 1
+    with pytest.raises(ConfigError, match=r"hold 9 workers of .* CPU\. Got nodes of .*: room for"):
+        driver.concurrency(config.model_copy(update={"run": config.run.model_copy(update={"workers": 9})}))
 
 
 def test_another_machine_needs_no_files(search_values, tmp_path):
@@ -144,8 +183,8 @@ def test_flat_and_nested_are_inverse():
 
 def test_too_little_disk_is_said_with_its_arithmetic(search_values, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(ConfigError, match=r"Expected about .* of disk .*2 models, 2 cells that keep 1 trials each.* Got 1\.0 kB free"):
-        driver.check_disk(search(search_values()))
+    with pytest.raises(ConfigError, match=r"Expected about .* of disk .*2 models and 3 trials at a time .*2 cells.* Got 1\.0 kB free"):
+        driver.check_disk(search(search_values()), 3)
 
 
 def test_folders_of_another_kind_or_search_are_left_alone(search_values, tmp_path):
@@ -157,7 +196,7 @@ def test_folders_of_another_kind_or_search_are_left_alone(search_values, tmp_pat
     (config.path / driver.CONFIG).write_text(config.to_yaml())
     with pytest.raises(ConfigError, match="Add --resume"):
         driver.check_folder(config, resume=False)
-    driver.check_folder(config.model_copy(update={"tolerance": 3.0, "keep": 2}), resume=True)
+    driver.check_folder(config.model_copy(update={"tolerance": 3.0}), resume=True)
     with pytest.raises(ConfigError, match=r"Got other values of: seeds"):
         driver.check_folder(config.model_copy(update={"seeds": (1,)}), resume=True)
 

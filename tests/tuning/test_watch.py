@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.report.conftest import _write_run
-from tuning.search import CONFIG
-from tuning.space import Search, SearchConfig
+from tuning.check import CONFIG
+from tuning.config import SearchConfig
+from tuning.space import Search
 from tuning.trial import ERROR, FLOPS, FOLDER, OBJECTIVE, POINT, PROGRESS, STATUS
 from tuning.watch import Watcher
 
