@@ -148,8 +148,8 @@ class Report:
         corner = "lower" if found.lower_is_better else "upper"
         yield figure(
             pareto_panels(found, cells, tables.score_name(found.metric)),
-            f"{title}: faint, every finished trial; marked, the mean of the settings chosen at each sparsity. The line joins those (dashed: the single trials) that no "
-            f"other beats; better is towards the {corner} left corner."
+            f"{title}: faint, every finished trial; marked, the mean of the settings chosen at each sparsity. The line joins those, "
+            f"dashed the single trials, that no other beats; better is towards the {corner} left corner."
             + (f" Dotted: {self.tolerance:g} worse than dense." if found.dense else ""),
         )
         curves = figure(

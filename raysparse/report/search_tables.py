@@ -123,7 +123,7 @@ def _task_notes(finding: Finding) -> Iterator[str]:
     held = "the validation split" if trial.task is None else "the test split, which no choice has seen"
     yield (
         f"Mean ± sample deviation over seeds, on {held}; {score_name(finding.metric)}: {way} is better. "
-        f"Chosen settings: of those with most finished seeds the ones with the best mean {score_name(trial.metric)} on the "
+        f"Chosen settings: those with the best mean {score_name(trial.metric)} over their finished seeds on the "
         f"validation split ({better} is better)."
     )
     yield (
