@@ -107,9 +107,13 @@ def test_hopeless_and_failing_trials(ray_instance, search_values, model):
 def test_optuna_searches_each_cell(ray_instance, search_values):
     values = search_values(algorithm={"type": "optuna", "num_samples": 3}, seeds=[0, 1])
     values["tasks"]["pairs"]["space"] = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}, "schedule.warmup": {"choice": ["0 %", "25 %"]}}
+    values["tasks"]["others"] = values["tasks"]["pairs"] | {"set": {"training": {"length": 4}}}
     config = SearchConfig.check(values)
-    driver.search(config, resume=False)
-    for cell in read_search(config.path).cells:
+    facts, _ = driver.search(config, resume=False)
+    assert [task["task"] for task in facts["tasks"]] == ["pairs", "others"]
+    cells = read_search(config.path).cells
+    assert len(cells) == 4
+    for cell in cells:
         assert [trial.seed for trial in cell.trials].count(0) == 3
         assert [trial.seed for trial in cell.chosen] == [0, 1]  # the best again, at the other seed
         assert all(1e-4 <= trial.params["optimizer.lr"] < 1e-1 for trial in cell.trials)
@@ -219,6 +223,22 @@ def test_a_killed_trial_goes_on(search_values, model, tmp_path):
     assert trial.status == "finished"
     assert trial.run.summary["steps"] == 100
     assert "going on from step_" in (path / LOG).read_text()
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_a_trial_one_checkpoint_at_most(search_values, model, tmp_path):
+    values = of_one_model(search_values(), model, {"optimizer.lr": {"choice": [1e-2]}})
+    values["tasks"]["pairs"]["set"]["training"] = {"length": 100}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(values))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "tests.tuning.lost_node", str(tmp_path / "search.yaml")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "a node is lost" in done.stdout
+    config = SearchConfig.check(values)
+    (trial,) = read_search(config.path).trials
+    assert (trial.status, trial.run.summary["steps"]) == ("finished", 100)
+    assert "going on from step_" in (config.path / trial.folder / LOG).read_text()
 
 
 def _trains(entry, session):
