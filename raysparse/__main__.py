@@ -17,6 +17,8 @@ raysparse masks     runs/quickstart                             what became of i
 raysparse report    runs/tune-demo                              of a search: which sparsity to take, and what it rests on
 raysparse analyze   overlap runs/rigl runs/set                  tables and pictures of models, topologies and runs
 raysparse doctor                                                which kernels run on this machine, right and how fast
+raysparse submit    pretrain configs/quickstart.yaml run.folder=/shared/runs data.cache_dir=/shared/cache    on a Ray cluster, as a job
+raysparse jobs      logs tiny --follow                          the jobs of a cluster: list, status, stop, logs
 """
 
 import argparse
@@ -27,6 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from cluster.cli import VERBS as ON_CLUSTER
+from cluster.cli import add as add_cluster_verbs
 from raysparse.config import Config, ConfigError, load, merge, parse_override, read_yaml
 
 HELP = {
@@ -180,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _analyze(args)
         if args.verb == "report":
             return _report(args)
+        if args.verb in ON_CLUSTER:
+            return ON_CLUSTER[args.verb](args, parser)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
@@ -437,6 +443,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--references", required=True, nargs="+", metavar="FILE", help="what would be right")
     sub.add_argument("--metrics", nargs="+", default=(), metavar="NAME", help="these instead of the task's")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    add_cluster_verbs(verbs, form)
     return parser
 
 
