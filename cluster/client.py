@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from cluster.check import Node
 from raysparse.config import ConfigError
+from raysparse.runtime.nodes import has_types
 
 DEFAULT = "http://127.0.0.1:8265"
 TIMEOUT_S = 60.0
@@ -103,7 +104,8 @@ def grows(client: Any, address: str) -> bool:
     """Whether an autoscaler reports on the cluster; the second generation of Ray's does not, which is what --autoscaling is for."""
     with hints(address):
         answer = client._do_request("GET", "/api/cluster_status")
-        return answer.ok and bool(answer.json()["data"].get("clusterStatus"))
+        status = answer.json()["data"].get("clusterStatus") if answer.ok else None
+    return has_types(((status or {}).get("autoscalerReport") or {}).get("nodeTypeMapping"))
 
 
 def jobs(client: Any, address: str) -> list[Any]:

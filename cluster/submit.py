@@ -24,6 +24,9 @@ LEFT = (
 )
 """What no laptop can know of a cluster."""
 
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
+"""A node of a cloud takes minutes to come."""
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -63,8 +66,11 @@ def prepare(
     return Submission(verb, config, whole_grid, parcel), [*left, *LEFT]
 
 
-def send(submission: Submission, client: Any, address: str) -> str:
+def send(submission: Submission, client: Any, address: str, grows: bool) -> str:
     """Upload and start; returns the job's ID, which names the run.
+
+    Args:
+        grows: the cluster may have to add nodes first: the workers have time until then.
 
     Raises:
         ConfigError: the run is on its way already, or the cluster does not take it.
@@ -83,7 +89,7 @@ def send(submission: Submission, client: Any, address: str) -> str:
         return client.submit_job(
             entrypoint=submission.entrypoint,
             submission_id=job_id,
-            runtime_env={"working_dir": str(archive)},
+            runtime_env={"working_dir": str(archive)} | ({"env_vars": PATIENCE} if grows else {}),
             metadata={jobs.RUN: submission.run, jobs.VERB: submission.verb, "raysparse_version": __version__},
         )
 
@@ -95,7 +101,8 @@ def submit(verb: str, config: Any, args: Any) -> int:
     client = jobs.connect(address)
     nodes = jobs.nodes(address)
     check_storage(config, len(nodes))
-    room = check_resources(config.run, nodes, args.autoscaling or jobs.grows(client, address))
+    grows = args.autoscaling or jobs.grows(client, address)
+    room = check_resources(config.run, nodes, grows)
     print(show(submission.parcel, every_file=args.dry_run), file=sys.stderr)
     print(f"needs {room}", file=sys.stderr)
     print("left to the cluster:\n" + "\n".join(f"  {line}" for line in left), file=sys.stderr)
@@ -110,7 +117,7 @@ def submit(verb: str, config: Any, args: Any) -> int:
     if args.dry_run:
         print(json.dumps(facts, indent=1) if args.json else f"{config.to_yaml()}\nAll that can be checked here is sound. Nothing was sent.")
         return 0
-    job_id = send(submission, client, address)
+    job_id = send(submission, client, address, grows)
     print(json.dumps(facts | {"id": job_id}, indent=1) if args.json else f"{job_id} is on its way: {submission.run}", flush=True)
     if args.follow:
         return follow(client, address, job_id)

@@ -41,7 +41,7 @@ class Server:
     def __init__(self):
         self.cuts, self.down, self.lines, self.statuses, self.connections, self.silent = [], 0, LOG, ["RUNNING"], 0, False
         self.jobs, self.submitted, self.token, self.package, self.dead = [], [], None, None, 0
-        self.nodes = [NODE]
+        self.nodes, self.autoscaler = [NODE], None
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
@@ -60,7 +60,7 @@ class Server:
         app.router.add_get("/api/jobs/{id}/logs/tail", self._tail)
         app.router.add_get("/api/jobs/{id}/logs", answer(lambda: {"logs": "".join(self.lines)}))
         app.router.add_post("/api/jobs/{id}/stop", self._stop)
-        app.router.add_get("/api/cluster_status", answer(lambda: {"result": True, "data": {"clusterStatus": None}}))
+        app.router.add_get("/api/cluster_status", answer(lambda: {"result": True, "data": {"clusterStatus": self.autoscaler}}))
         app.router.add_get("/api/v0/nodes", answer(self._nodes))
         app.router.add_get("/api/packages/gcs/{name}", answer(dict, 404))
         app.router.add_put("/api/packages/gcs/{name}", self._put)

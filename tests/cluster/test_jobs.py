@@ -45,8 +45,7 @@ def test_a_submitted_run_ends_with_its_summary(head, project, tmp_path):
     assert "tiny is finished" in done.stdout
     assert "raysparse-tiny-1 has succeeded" in done.stderr
     facts = json.loads(done.stdout[: done.stdout.index("\n}\n") + 2])
-    assert set(facts["files"]) == {".gitignore", "data/docs.jsonl", "tiny.yaml"} - {".gitignore"}
-    assert facts["left_out"] == {}
+    assert set(facts["files"]) == {"data/docs.jsonl", "tiny.yaml"}
     listed = json.loads(raysparse(project, "jobs", "--address", head, "--json").stdout)
     (job,) = [job for job in listed if job["id"] == "raysparse-tiny-1"]
     assert (job["status"], job["verb"], job["run"]) == ("SUCCEEDED", "pretrain", str(tmp_path / "runs" / "tiny"))
@@ -57,6 +56,12 @@ def test_a_submitted_run_ends_with_its_summary(head, project, tmp_path):
     again = raysparse(project, *submit)  # finished: the job says so, and trains nothing
     assert "raysparse-tiny-2 has succeeded" in again.stderr
     assert "step        12/12" not in again.stdout
+
+
+def test_what_a_real_head_cannot_hold_is_refused(head, project):
+    done = raysparse(project, "submit", "--address", head, "pretrain", "tiny.yaml", "run.workers=4", "run.threads=2")
+    assert done.returncode == 2
+    assert "Got room for 2: " in done.stderr
 
 
 def test_a_job_is_stopped_and_goes_on(head, project, tmp_path):

@@ -115,6 +115,18 @@ def test_a_growing_cluster_is_believed(server, words, capsys):
     assert "its autoscaler has to add nodes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("mapping", "status"),
+    [({"a" * 56: "node_" + "a" * 56}, 2), ({"10.0.0.1": "head", "10.0.0.2": "gpu"}, 0), (None, 2)],
+    ids=["none", "cloud", "silent"],
+)
+def test_an_autoscaler_is_told_from_the_monitor_of_a_fixed_cluster(server, words, mapping, status):
+    server.autoscaler = {"autoscalerReport": {"nodeTypeMapping": mapping}}
+    assert main([*words, "run.workers=4", "run.threads=2"]) == status
+    env = server.submitted[0]["runtime_env"].get("env_vars") if status == 0 else None
+    assert env == ({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"} if status == 0 else None)
+
+
 def test_a_run_that_is_on_its_way_is_not_sent_twice(server, words, capsys):
     server.jobs = [job("raysparse-tiny-1", "/shared/runs/tiny", "RUNNING")]
     assert main(words) == 2
