@@ -55,6 +55,19 @@ examples:
 """Short and long help of `raysparse jobs`."""
 
 
+BOARD_HELP = (
+    "show the curves of a run in TensorBoard, on this machine",
+    """Starts TensorBoard on a run's folder, or on a folder of runs such as a comparison's, and prints its address. It listens on 127.0.0.1
+alone; Ctrl-C ends it. RUN may be a folder or a name below runs/. On another machine that has the run's storage, reach it through
+`ssh -L 6006:127.0.0.1:6006 MACHINE`.
+
+examples:
+  raysparse tensorboard quickstart
+  raysparse tensorboard /shared/runs --port 0          a free port""",
+)
+"""Short and long help of `raysparse tensorboard`."""
+
+
 def add(verbs: Any, form: Any) -> None:
     """Declare the verbs."""
     sub = verbs.add_parser("submit", help=SUBMIT_HELP[0], description=f"{SUBMIT_HELP[0]}.\n\n{SUBMIT_HELP[1]}", formatter_class=form)
@@ -78,6 +91,9 @@ def add(verbs: Any, form: Any) -> None:
     _address(sub)
     sub.add_argument("--follow", action="store_true", help="of logs: until the job is over")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    sub = verbs.add_parser("tensorboard", help=BOARD_HELP[0], description=f"{BOARD_HELP[0]}.\n\n{BOARD_HELP[1]}", formatter_class=form)
+    sub.add_argument("run", metavar="RUN", help="a run, or a folder of runs")
+    sub.add_argument("--port", type=int, default=6006, help="default: 6006; 0 takes a free one")
 
 
 def submit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -119,7 +135,20 @@ def jobs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0 if args.what != "stop" or client.is_over(job) else 1
 
 
-VERBS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {"submit": submit, "jobs": jobs}
+def tensorboard(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from cluster import board
+
+    if args.words:
+        parser.error(f"unexpected {' '.join(args.words)}")
+    board.serve(board.find(args.run), args.port)
+    return 0
+
+
+VERBS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {
+    "submit": submit,
+    "jobs": jobs,
+    "tensorboard": tensorboard,
+}
 
 
 def _address(parser: Any) -> None:
