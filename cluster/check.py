@@ -82,18 +82,23 @@ def paths_of(config: Config) -> list[tuple[str, str]]:
     return list(_paths(values, "", words))
 
 
+def folders(config: Any) -> dict[str, str]:
+    """Key -> folder, of all that a submission writes into."""
+    found = {"run.folder": config.run.folder}
+    for prefix, one in stages(config).items():
+        values = one.model_dump(mode="json")
+        places = {"cache_dir": values, "data.cache_dir": values.get("data", {})}
+        found |= {f"{prefix}{key}": at["cache_dir"] for key, at in places.items() if "cache_dir" in at}
+    return found
+
+
 def check_storage(config: Any, num_nodes: int) -> None:
     """The storage rule: raysparse writes plain files, to folders that outlive the job and that all nodes share.
 
     Raises:
-        ConfigError: for what cannot be such a folder. Whether the others are, only the cluster can tell; `launch` asks its nodes.
+        ConfigError: for what cannot be such a folder. Whether the others are, only the cluster can tell; `begin` asks its nodes.
     """
-    folders = {"run.folder": config.run.folder}
-    for prefix, one in stages(config).items():
-        values = one.model_dump(mode="json")
-        places = {"cache_dir": values, "data.cache_dir": values.get("data", {})}
-        folders |= {f"{prefix}{key}": at["cache_dir"] for key, at in places.items() if "cache_dir" in at}
-    for key, folder in folders.items():
+    for key, folder in folders(config).items():
         if problem := _why_no_storage(folder, num_nodes):
             raise ConfigError(
                 f"Expected {key} on storage that outlives the job and that every node reads and writes. Got {folder}: {problem}. "

@@ -15,8 +15,8 @@ RUNS = ("pretrain", "finetune", "evaluate", "zeroshot", "compare")
 SUBMIT_HELP = (
     "send a run to a Ray cluster, and leave",
     """Checks the config here as far as what it reads is here, asks the cluster whether it can ever hold the workers, packs the working
-directory with the resolved config, and starts `raysparse VERB` on the head node as a Ray job. The job is named raysparse-NAME-1
-after run.name; what it cannot check before it leaves it says.
+directory with the resolved config, and starts the verb on the head node as a Ray job, named raysparse-NAME-1 after run.name. What it
+cannot check before it leaves it says; that all nodes share the folders is the first thing that the job finds out.
 
 What travels: the files of this folder that git does not ignore (tracked or not). Never: .git, what .gitignore names, secrets by their
 names (.env, *.pem, *.key, id_rsa*, credentials*, .netrc, *_token, .ssh, ...; cluster/README.md lists them), links out of the folder,

@@ -1,5 +1,6 @@
 """A cluster from the inside: whether its nodes are alike, see each other and the same storage; what is wrong, and what to do."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -59,7 +60,7 @@ def _join(address: str) -> Any:
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, namespace="raysparse")
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="raysparse")
     except AuthenticationError as error:
         raise ConfigError(
             f"Expected a token that the cluster at {address} takes. Got: {str(error).splitlines()[0]}. "
@@ -73,7 +74,7 @@ def _join(address: str) -> Any:
 def _nobody(address: str, problem: str) -> ConfigError:
     return ConfigError(
         f"Expected a Ray cluster at {address}. Got: {problem:.300}. Run this on one of its nodes, or give its address: "
-        "raysparse doctor --cluster HEAD:6379."
+        "raysparse doctor --cluster HEAD:6379. A cluster with tokens wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
     )
 
 

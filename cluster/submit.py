@@ -19,7 +19,7 @@ CONFIG = "raysparse-job/config.yaml"
 """Where the resolved config lies in what is shipped."""
 LEFT = (
     "that the data and models it names by absolute paths are there",
-    "that every node shares run.folder and the cache (asked of every node before the first step)",
+    "that every node shares run.folder and the cache (the first thing that the job asks)",
     "that the run's name is new there, or holds this very run",
 )
 """What no laptop can know of a cluster."""
@@ -46,7 +46,7 @@ class Submission:
     def entrypoint(self) -> str:
         """What the head node's shell gets to see: fixed words alone. Everything that a user wrote travels in the config file."""
         assert self.verb in CONFIGS
-        return shlex.join(["python", "-m", "raysparse", self.verb, CONFIG, *(["--grid"] if self.whole_grid else [])])
+        return shlex.join(["python", "-m", "cluster.begin", self.verb, CONFIG, *(["--grid"] if self.whole_grid else [])])
 
 
 def prepare(
@@ -83,15 +83,16 @@ def send(submission: Submission, client: Any, address: str, grows: bool) -> str:
                 f"Follow it (raysparse jobs logs {job.submission_id} --follow), stop it, or choose another run.name."
             )
     job_id = jobs.next_id(found, submission.config.run.name)
-    with tempfile.TemporaryDirectory() as scratch, jobs.hints(address):
+    with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "raysparse.zip"
         pack(submission.parcel, {CONFIG: submission.config.to_yaml()}, archive)
-        return client.submit_job(
-            entrypoint=submission.entrypoint,
-            submission_id=job_id,
-            runtime_env={"working_dir": str(archive)} | ({"env_vars": PATIENCE} if grows else {}),
-            metadata={jobs.RUN: submission.run, jobs.VERB: submission.verb, "raysparse_version": __version__},
-        )
+        with jobs.hints(address):
+            return client.submit_job(
+                entrypoint=submission.entrypoint,
+                submission_id=job_id,
+                runtime_env={"working_dir": str(archive)} | ({"env_vars": PATIENCE} if grows else {}),
+                metadata={jobs.RUN: submission.run, jobs.VERB: submission.verb, "raysparse_version": __version__},
+            )
 
 
 def submit(verb: str, config: Any, args: Any) -> int:

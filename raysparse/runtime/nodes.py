@@ -30,8 +30,8 @@ def has_types(types: Mapping[str, str] | None) -> bool:
     return any(not READ_ONLY.fullmatch(kind) for kind in (types or {}).values())
 
 
-def check_storage(folders: Iterable[Path], patience_s: float = 60.0) -> None:
-    """Have every node read a file that this process writes into each folder, and write one beside it.
+def check_storage(folders: Iterable[Path], patience_s: float = 60.0) -> int:
+    """Have every node read a file that this process writes into each folder, and write one beside it; returns how many nodes there are.
 
     Raises:
         ConfigError: a node does not; names it.
@@ -41,7 +41,7 @@ def check_storage(folders: Iterable[Path], patience_s: float = 60.0) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
-        return
+        return len(nodes)
     task = ray.remote(num_cpus=0, max_retries=0)(visit)
     for folder in folders:
         mark = folder / f".raysparse-{secrets.token_hex(6)}"
@@ -66,6 +66,7 @@ def check_storage(folders: Iterable[Path], patience_s: float = 60.0) -> None:
                 f"Expected {folder} on storage that all {len(nodes)} nodes share. Got {'; '.join(problems)}. "
                 "Mount it on every node in the same place, or set run.folder and the cache to a folder that is."
             )
+    return len(nodes)
 
 
 def visit(mark: str, name: str) -> str | None:

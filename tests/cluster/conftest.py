@@ -65,6 +65,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[str]:
+    """The address of a cluster of two Ray nodes on this machine."""
+    from ray.cluster_utils import Cluster
+
+    settings = {"num_gpus": 0, "object_store_memory": 128 << 20}
+    with pytest.MonkeyPatch.context() as patch:  # what the nodes inherit
+        for key, value in ENVIRON.items():
+            patch.setenv(key, value)
+        cluster = Cluster(initialize_head=True, head_node_args=settings | {"num_cpus": 2, "temp_dir": tempfile.mkdtemp(prefix="rs")})
+        cluster.add_node(num_cpus=3, **settings)
+    yield cluster.address
+    cluster.shutdown()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A job server that follows a script."""

@@ -203,7 +203,7 @@ def test_the_arithmetic_is_told():
 def test_config_values_never_reach_the_shell(values, folder):
     evil = pretrain(values, run={"folder": "/shared/$(touch gone); rm -rf x"}, data={"cache_dir": "/shared/`id`"})
     submission, _ = prepare("pretrain", evil, folder, "100MB")
-    assert submission.entrypoint == "python -m raysparse pretrain raysparse-job/config.yaml"
+    assert submission.entrypoint == "python -m cluster.begin pretrain raysparse-job/config.yaml"
     with pytest.raises(ConfigError, match=r"String should match pattern"):
         pretrain(values, run={"name": "../../etc; rm"})
 

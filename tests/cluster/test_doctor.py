@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
@@ -82,24 +81,6 @@ def test_no_cluster_is_a_hint(capsys):
     assert "ray job submit --address http://head:8265 -- raysparse doctor --cluster" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def two_nodes():
-    """The address of a cluster of two Ray nodes on this machine."""
-    import os
-
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.update(ENVIRON)
-    settings = {"num_gpus": 0, "object_store_memory": 128 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args=settings | {"num_cpus": 2, "temp_dir": tempfile.mkdtemp(prefix="rs")})
-    cluster.add_node(num_cpus=3, **settings)
-    yield cluster.address
-    cluster.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def examine(address, *words):
     command = [sys.executable, "-m", "raysparse", "doctor", "--cluster", address, *words]
     return subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=180, check=False)
@@ -128,34 +109,3 @@ def test_a_folder_that_cannot_be_written_is_status_1(two_nodes, tmp_path):
     assert done.returncode == 1, done.stderr
     assert f"mend          {tmp_path / 'file' / 'runs'} cannot be written on this machine: Not a directory" in done.stdout
     assert "2 nodes: " in done.stdout
-
-
-@pytest.mark.slow
-def test_a_run_asks_every_node_for_its_folder(two_nodes, tmp_path):
-    """`launch` does, before the first step; here one node is made blind by what it is asked to do."""
-    script = f"""
-import pathlib, ray
-from raysparse.config import ConfigError
-from raysparse.runtime import nodes
-ray.init({two_nodes!r}, log_to_driver=False, logging_level="ERROR")
-folder = pathlib.Path({str(tmp_path / "shared")!r})
-nodes.check_storage([folder])
-assert list(folder.iterdir()) == []
-seen = nodes.visit
-nodes.visit = lambda mark, name: "does not see it" if name == ray.nodes()[1]["NodeID"] else seen(mark, name)
-try:
-    nodes.check_storage([folder])
-except ConfigError as error:
-    print(error)
-nodes.visit = lambda mark, name: None
-try:
-    nodes.check_storage([folder])
-except ConfigError as error:
-    print(error)
-assert list(folder.iterdir()) == []
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=ENVIRON, capture_output=True, text=True, timeout=180, check=False)
-    blind, elsewhere = done.stdout.splitlines()
-    assert "on storage that all 2 nodes share. Got " in blind
-    assert blind.count("does not see it") == 1
-    assert elsewhere.count("what it writes is not seen here") == 2

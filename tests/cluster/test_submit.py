@@ -35,7 +35,7 @@ def test_what_a_job_server_gets(server, words, capsys):
     for part in ("docs.jsonl", "stays here, a secret by its name (*_token): hf_token", "needs 2 workers of 1 CPU", "left to the cluster"):
         assert part in told.err
     (sent,) = server.submitted
-    assert sent["entrypoint"] == "python -m raysparse pretrain raysparse-job/config.yaml"
+    assert sent["entrypoint"] == "python -m cluster.begin pretrain raysparse-job/config.yaml"
     assert sent["submission_id"] == "raysparse-tiny-2"
     assert sent["metadata"]["raysparse_run"] == "/shared/runs/tiny"
     assert set(sent["runtime_env"]) <= {"working_dir", "_ray_commit"}
