@@ -88,6 +88,17 @@ def check_size(parcel: Parcel, limit: int) -> None:
     )
 
 
+def check_names(parcel: Parcel) -> None:
+    """Raise a `ConfigError` for a module that would stand before raysparse's own of that name: Ray puts the folder first on the path."""
+    for name in OWN:
+        for module in (f"{name}.py", f"{name}/__init__.py"):
+            if module in parcel.files:
+                raise ConfigError(
+                    f"Expected no module {name} to travel: it would hide raysparse's own on the cluster. Got {parcel.folder / module}. "
+                    "Give it another name, name it in .gitignore, or submit from another folder."
+                )
+
+
 def parse_size(text: str) -> int:
     """'100MB', '1.5 GB' or plain bytes; at most what Ray takes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", text)

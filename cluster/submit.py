@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import client as jobs
 from cluster.check import check_config, check_resources, check_storage
-from cluster.ship import Parcel, check_size, collect, pack, parse_size, show
+from cluster.ship import Parcel, check_names, check_size, collect, pack, parse_size, show
 from raysparse import __version__
 from raysparse.config import ConfigError, together
 from raysparse.recipes import CONFIGS
@@ -62,7 +62,8 @@ def prepare(
     def check() -> None:
         left.extend(["the config's own checks (--unchecked)"] if unchecked else check_config(config, parcel, whole_grid))
 
-    together(check, lambda: check_size(parcel, parse_size(max_ship)), lambda: check_storage(config, 1))
+    ship = (lambda: check_names(parcel), lambda: check_size(parcel, parse_size(max_ship)))
+    together(check, *ship, lambda: check_storage(config, 1))
     return Submission(verb, config, whole_grid, parcel), [*left, *LEFT]
 
 

@@ -1,6 +1,7 @@
 """A Ray head of the tests' own: its ports, its folder, its process; nothing of another Ray on this machine is touched."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +37,37 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="session")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a Ray with 4 logical CPUs."""
+@contextmanager
+def ray_head(environ: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The addresses of the dashboard and of the cluster: a Ray with 4 logical CPUs, which ends with the block."""
     folder = tempfile.mkdtemp(prefix="rs")  # short: a socket's path has at most 107 bytes
     dashboard, *ports = free_ports(1 + len(PORTS))
-    log = tmp_path_factory.mktemp("head") / "ray.log"
     words = ["start", "--head", "--block", "--num-cpus=4", "--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=134217728"]
     words += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
     words += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True))]
+    log = Path(folder) / "start.log"
     with log.open("w") as stream:
-        ray = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), *words],
-            env=ENVIRON,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = [str(Path(sys.executable).with_name("ray")), *words]
+        ray = subprocess.Popen(command, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
         while not _answers(dashboard):
             assert ray.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{dashboard}"
+        (address,) = set(re.findall(rf"[\d.]+:{ports[0]}\b", log.read_text()))
+        yield f"http://127.0.0.1:{dashboard}", address
     finally:
         ray.send_signal(signal.SIGTERM)  # it ends its daemons
         ray.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[str]:
+    """The address of the dashboard of a Ray without tokens."""
+    with ray_head(ENVIRON) as (dashboard, _):
+        yield dashboard
 
 
 @pytest.fixture(scope="session")

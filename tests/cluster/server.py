@@ -112,7 +112,8 @@ class Server:
             if self.silent:
                 await socket_.receive()
             self.dead = self.down
-            request.transport.close()  # no goodbye
+            if request.transport is not None:
+                request.transport.close()  # no goodbye
         else:
             self.statuses = ["SUCCEEDED"]
         return socket_

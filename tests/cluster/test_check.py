@@ -44,6 +44,10 @@ def test_a_sound_config_leaves_nothing_but_what_only_a_cluster_knows(values, fol
     assert not Path("/shared").exists()
 
 
+def test_a_laptop_needs_no_gpu(values, folder):
+    assert check_config(pretrain(values, run={"device": "cuda", "workers": 2}), collect(folder), False) == []
+
+
 def test_the_recipe_refuses_here(values, folder):
     with pytest.raises(ConfigError, match=r"Expected run.workers to divide training.sequences. Got 3 workers, 4 sequences"):
         check_config(pretrain(values, run={"workers": 3}), collect(folder), False)

@@ -1,7 +1,10 @@
 """Against a job server that lies down in mid-answer, wants a token, or is none: what a user is told, and that no line of a log is lost."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 from threading import Thread
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from cluster import client as jobs
 from raysparse.__main__ import main
 from raysparse.config import ConfigError
-from tests.cluster.conftest import free_ports
+from tests.cluster.conftest import ENVIRON, free_ports
 from tests.cluster.server import LOG, job
 
 
@@ -40,6 +43,18 @@ def test_a_connection_that_is_dead_without_a_word_is_made_anew(server, monkeypat
     _, text, told = followed(server)
     assert (text, told) == ("".join(LOG), [])
     assert server.connections >= 2
+
+
+def test_ctrl_c_leaves_the_job_alone(server):
+    server.cuts, server.silent, server.jobs = [4], True, [job("raysparse-a-1", "/s/a", "RUNNING")]
+    command = [sys.executable, "-m", "raysparse", "jobs", "logs", "a", "--follow", "--address", server.address]
+    follower = subprocess.Popen(command, env=ENVIRON, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert [follower.stdout.readline() for _ in range(4)] == LOG[:4]
+    follower.send_signal(signal.SIGINT)
+    _, err = follower.communicate(timeout=60)
+    assert follower.returncode == 130
+    assert err == "raysparse: the job goes on: raysparse jobs logs raysparse-a-1 --follow shows it again\n"
+    assert server.statuses == ["RUNNING"]
 
 
 def test_a_job_that_is_gone_is_an_error(server):

@@ -1,16 +1,20 @@
 """On a real Ray head: a submitted run trains there, is followed, listed, stopped."""
 
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 import yaml
 
 from raysparse.config import merge
-from tests.cluster.conftest import ENVIRON
+from tests.cluster.conftest import ENVIRON, ray_head
 
 pytestmark = pytest.mark.slow
 
@@ -29,19 +33,75 @@ def project(pretrain_values, tmp_path):
     return folder
 
 
-def raysparse(project, *words, timeout=300, **more):
+def raysparse(project, *words, **environ):
     command = [sys.executable, "-m", "raysparse", *words]
-    return subprocess.run(command, cwd=project, env=ENVIRON, capture_output=True, text=True, timeout=timeout, check=False, **more)
+    return subprocess.run(command, cwd=project, env=ENVIRON | environ, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_submitted_run_ends_with_its_summary(head, project, tmp_path):
-    submit = ["submit", "--address", head, "--follow", "--json", "pretrain", "tiny.yaml", "run.workers=2", "kernels=dense"]
+class Proxy:
+    """A way to the dashboard that breaks, once, when a text comes by; for a moment nobody answers then."""
+
+    def __init__(self, address, text):
+        self.port, self._text, self._open, self._down = int(address.rpartition(":")[2]), text.encode(), [], 0.0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near = self._server.accept()[0]
+            except OSError:  # closed
+                return
+            if time.monotonic() < self._down:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self.port))
+            self._open += [near, far]
+            for a, b in ((near, far), (far, near)):
+                Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, a, b):
+        with suppress(OSError):
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+                if self._text and self._text in data:
+                    self._text, self._down = b"", time.monotonic() + 2
+                    self.close_all()
+        for end in (a, b):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close_all(self):
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open = []
+
+    def close(self):
+        self._server.close()
+        self.close_all()
+
+
+@pytest.fixture
+def frail(head):
+    proxy = Proxy(head, "step         4/12")
+    yield proxy.address
+    proxy.close()
+
+
+def test_a_submitted_run_ends_with_its_summary(head, frail, project, tmp_path):
+    submit = ["submit", "--address", frail, "--follow", "--json", "pretrain", "tiny.yaml", "run.workers=2", "kernels=dense"]
     done = raysparse(project, *submit)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     assert summary["steps"] == 12
     assert summary["workers"] == 2
-    assert "step        12/12" in done.stdout  # the progress line
+    assert "lost the connection" in done.stderr
+    assert "connected again" in done.stderr
+    steps = re.findall(r"step +(\d+)/12 +\| loss +\d", done.stdout)
+    assert steps == ["2", "4", "6", "8", "10", "12"]  # the progress lines, none lost, none twice
     assert "tiny is finished" in done.stdout
     assert "raysparse-tiny-1 has succeeded" in done.stderr
     facts = json.loads(done.stdout[: done.stdout.index("\n}\n") + 2])
@@ -89,3 +149,22 @@ def test_a_job_is_stopped_and_goes_on(head, project, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(1)
     assert "STOPPED" in raysparse(project, "jobs", "stop", "raysparse-long-2", "--address", head).stdout
+
+
+def test_a_cluster_with_tokens(project, tmp_path):
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    submit = ["submit", "--follow", "pretrain", "tiny.yaml", "run.name=closed", "training.length=2", "kernels=dense"]
+    with ray_head(ENVIRON | token) as (dashboard, address):
+        for wrong in ({"RAY_AUTH_MODE": "disabled"}, token | {"RAY_AUTH_TOKEN": "b" * 64}):
+            refused = raysparse(project, *submit, "--address", dashboard, **wrong)
+            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+            assert refused.stderr.startswith(f"raysparse: Expected a token that the cluster at {dashboard} takes. Got: Authentication")
+            assert "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refused.stderr
+        done = raysparse(project, *submit, "--address", dashboard, **token)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "runs" / "closed" / "summary.json").exists()
+        looked = raysparse(project, "doctor", "--cluster", address, **token)
+        assert looked.stdout.endswith("1 node: all is well.\n"), looked.stdout + looked.stderr
+        refused = raysparse(project, "doctor", "--cluster", address, **token | {"RAY_AUTH_TOKEN": "b" * 64})
+        assert refused.returncode == 2
+        assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from cluster.ship import Parcel, check_size, collect, is_secret, pack, parse_size, show
+from cluster.ship import Parcel, check_names, check_size, collect, is_secret, pack, parse_size, show
 from raysparse.config import ConfigError
 
 SECRET = (
@@ -150,6 +150,16 @@ def test_a_checkout_of_raysparse_ships_no_raysparse(folder):
     parcel = collect(folder)
     assert set(parcel.files) == {"configs/a"}
     assert "raysparse itself (the cluster runs what is installed there)" in set(parcel.left_out.values())
+
+
+@pytest.mark.parametrize("name", ["cluster.py", "tuning/__init__.py", "raysparse.py"])
+def test_what_would_hide_raysparse_is_refused(folder, name):
+    write(folder, cluster__notes="no module")
+    check_names(collect(folder))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("")
+    with pytest.raises(ConfigError, match=r"Expected no module \w+ to travel: it would hide raysparse's own"):
+        check_names(collect(folder))
 
 
 def test_too_much_names_the_largest():
