@@ -1,29 +1,26 @@
 """What a submitted job runs on the head node: `python -m cluster.begin VERB CONFIG`. First every node is asked whether it shares the
 folders of the run, before hours go into data that the others would not see; then the verb runs as it does anywhere."""
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.check import folders
 from raysparse.__main__ import main as raysparse
 from raysparse.config import ConfigError, load
 from raysparse.recipes import CONFIGS
-from raysparse.runtime.launch import SETTINGS
+from raysparse.runtime.launch import start
 from raysparse.runtime.nodes import check_storage
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit status of the verb; 2 if a node does not share a folder."""
     verb, file, *_ = argv
-    config = load(CONFIGS[verb], [file])
-    for key, value in SETTINGS.items():
-        os.environ.setdefault(key, value)
+    config: Any = load(CONFIGS[verb], [file])
+    start(config.run)  # the cluster of RAY_ADDRESS, which Ray sets for its jobs
     import ray
 
-    ray.init(logging_level=logging.WARNING, log_to_driver=False, namespace="raysparse")  # of RAY_ADDRESS, which Ray sets for its jobs
     try:
         places = list(dict.fromkeys(Path(folder).expanduser() for folder in folders(config).values()))
         if (number := check_storage(places)) > 1:

@@ -17,7 +17,7 @@ RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # no `| head`: scontrol would die of it, and the script with it
 
 # One command on every node: the head's raysparse starts when all of them are there, and its end stops Ray on each (hence --exclusive).
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \

@@ -172,7 +172,7 @@ def test_slurm_s_script_is_bash_and_calls_what_ray_has():
 
 def test_slurm_s_words_reach_raysparse_as_they_are(tmp_path):
     """Run with stand-ins for Slurm: nothing that a user writes is read by a shell again."""
-    for name, text in {"scontrol": "echo node1; echo node2", "srun": 'printf "%s\\n" "$@"'}.items():
+    for name, text in {"scontrol": "echo node1; sleep 0.1; echo node2", "srun": 'printf "%s\\n" "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8"}
