@@ -51,12 +51,11 @@ def ray_head(environ: dict[str, str]) -> Iterator[tuple[str, str]]:
         ray = subprocess.Popen(command, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while not _answers(dashboard):
+        while not (_answers(dashboard) and (found := re.search(rf"[\d.]+:{ports[0]}\b", log.read_text()))):
             assert ray.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        (address,) = set(re.findall(rf"[\d.]+:{ports[0]}\b", log.read_text()))
-        yield f"http://127.0.0.1:{dashboard}", address
+        yield f"http://127.0.0.1:{dashboard}", found[0]
     finally:
         ray.send_signal(signal.SIGTERM)  # it ends its daemons
         ray.wait(timeout=60)
@@ -100,11 +99,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _answers(port: int) -> bool:
-    from urllib.error import URLError
+    from urllib.error import HTTPError
     from urllib.request import urlopen
 
     try:
         with urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2) as answer:
             return answer.status == 200
-    except (URLError, OSError):
+    except HTTPError as error:
+        return error.code == 401  # it wants a token
+    except OSError:
         return False
