@@ -46,6 +46,8 @@ def check_config(config: Any, parcel: Parcel, whole_grid: bool) -> list[str]:
     left = check_paths(config, parcel)
     with tempfile.TemporaryDirectory() as scratch:
         here = _with_folders_here(config, scratch)
+        if whole_grid:
+            grid.points(here)
         if not left:
             _dry_run(here, whole_grid)
         elif isinstance(here, CompareConfig):

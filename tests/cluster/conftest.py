@@ -74,14 +74,15 @@ def two_nodes() -> Iterator[str]:
     """The address of a cluster of two Ray nodes on this machine."""
     from ray.cluster_utils import Cluster
 
-    settings = {"num_gpus": 0, "object_store_memory": 128 << 20}
+    settings, folder = {"num_gpus": 0, "object_store_memory": 128 << 20}, tempfile.mkdtemp(prefix="rs")
     with pytest.MonkeyPatch.context() as patch:  # what the nodes inherit
         for key, value in ENVIRON.items():
             patch.setenv(key, value)
-        cluster = Cluster(initialize_head=True, head_node_args=settings | {"num_cpus": 2, "temp_dir": tempfile.mkdtemp(prefix="rs")})
+        cluster = Cluster(initialize_head=True, head_node_args=settings | {"num_cpus": 2, "temp_dir": folder})
         cluster.add_node(num_cpus=3, **settings)
     yield cluster.address
     cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -73,6 +73,40 @@ def test_data_on_the_cluster_is_left_to_it_and_the_rest_is_checked(values, folde
     assert "sparsity.masks=mst" in check_config(masks, collect(folder), False)
 
 
+def test_a_model_on_the_cluster_is_left_to_it(folder):
+    values = {
+        "run": {"folder": "/shared/runs"},
+        "model": {"path": "/shared/runs/mst"},
+        "task": {"type": "docstrings"},
+        "cache_dir": "/shared/cache",
+    }
+    config = CONFIGS["finetune"].check(values | {"training": {"length": "1 epochs", "sequences": 4}})
+    submission, left = prepare("finetune", config, folder, "100MB")
+    assert left[0] == "model.path=/shared/runs/mst"
+    assert submission.entrypoint.endswith("finetune raysparse-job/config.yaml")
+    with pytest.raises(ConfigError, match=r"divide training\.sequences"):
+        check_config(merged(config, run={"workers": 3}), collect(folder), False)
+    for verb, task in {"evaluate": "docstrings", "zeroshot": "text"}.items():
+        files = {"files": ["/shared/text.txt"]} if verb == "zeroshot" else {}
+        _, left = prepare(verb, CONFIGS[verb].check(values | {"task": {"type": task} | files}), folder, "100MB")
+        assert "model.path=/shared/runs/mst" in left
+        assert ("task.files=/shared/text.txt" in left) == (verb == "zeroshot")
+
+
+def test_a_grid_is_checked_point_by_point(folder):
+    values = {
+        "run": {"folder": "/shared/runs"},
+        "model": {"path": "/shared/runs/mst"},
+        "task": {"type": "docstrings"},
+        "cache_dir": "/shared/cache",
+    }
+    config = CONFIGS["finetune"].check(values | {"grid": {"optimizer.lr": [1e-3, 1e-4]}})
+    submission, _ = prepare("finetune", config, folder, "100MB", whole_grid=True)
+    assert submission.entrypoint == "python -m cluster.begin finetune raysparse-job/config.yaml --grid"
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        prepare("finetune", merged(config, grid={"optimizer.lr": [-1.0]}), folder, "100MB", whole_grid=True)
+
+
 def merged(config, **changes):
     return type(config).check(merge(config.model_dump(mode="json"), changes))
 
