@@ -34,7 +34,7 @@ def test_it_serves_the_run_until_ctrl_c(run):
     board = start(run, "tiny", "--port", "0")
     try:
         line = board.stdout.readline()
-        assert line.startswith(f"TensorBoard of {run}: http://127.0.0.1:"), line + board.stderr.read()
+        assert line.startswith(f"TensorBoard of {run}: http://127.0.0.1:"), line
         address = line.split()[3]
         with urlopen(f"{address}data/environment", timeout=30) as answer:
             assert json.load(answer)["data_location"] == str(run)

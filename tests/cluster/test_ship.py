@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from cluster import ship
 from cluster.ship import Parcel, check_names, check_size, collect, is_secret, pack, parse_size, show
 from raysparse.config import ConfigError
 
@@ -124,6 +125,16 @@ def test_a_folder_within_a_repository_ships_itself_alone(tmp_path):
     write(tmp_path, above="1", sub__a="1")
     (tmp_path / "sub" / "a.log").write_text("1")
     assert set(collect(tmp_path / "sub").files) == {"a"}
+
+
+def test_git_s_own_stays_whoever_lists_it(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("url = https://user:password@host")
+    (tmp_path / "a").write_text("1")
+    monkeypatch.setattr(ship, "_git", lambda folder, *words: [".git/config", "a"])
+    parcel = collect(tmp_path)
+    assert set(parcel.files) == {"a"}
+    assert parcel.left_out == {".git/config": "git's own"}
 
 
 def test_a_broken_repository_is_an_error(tmp_path):
