@@ -17,6 +17,10 @@ raysparse masks     runs/quickstart                             what became of i
 raysparse report    runs/tune-demo                              of a search: which sparsity to take, and what it rests on
 raysparse analyze   overlap runs/rigl runs/set                  tables and pictures of models, topologies and runs
 raysparse doctor                                                which kernels run on this machine, right and how fast
+raysparse doctor    --cluster                                   whether the nodes of a Ray cluster are alike, and share their storage
+raysparse submit    pretrain configs/quickstart.yaml run.folder=/shared/runs data.cache_dir=/shared/cache    on a Ray cluster, as a job
+raysparse jobs      logs tiny --follow                          the jobs of a cluster: list, status, stop, logs
+raysparse tensorboard quickstart                                the curves of a run, or of several
 """
 
 import argparse
@@ -27,6 +31,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from cluster.cli import VERBS as ON_CLUSTER
+from cluster.cli import add as add_cluster_verbs
 from raysparse.config import Config, ConfigError, load, merge, parse_override, read_yaml
 
 HELP = {
@@ -119,8 +125,14 @@ self-test of a second: a sparse layer against its dense twin, and the measured g
 
 The exit status is 0 where native kernels run and sparse layers are right, else 1; training works there too, but multiplies every zero.
 
+--cluster looks at a Ray cluster from the inside, in some seconds: python, torch, ray and raysparse are the same on all nodes, the GPUs that
+Ray gives away are there, bytes a second from node to node (measured), --folder is one folder that all nodes read and write, clocks,
+/dev/shm. It says what to mend; the exit status is 1 where there is something. ADDRESS is as ray.init takes it (HEAD:6379); without it
+RAY_ADDRESS, else the cluster of this machine.
+
 examples:
   raysparse doctor
+  raysparse doctor --cluster --folder /shared/runs
   RAYSPARSE_NATIVE=avx2 raysparse doctor          another build; off: none
   OMP_NUM_THREADS=1 raysparse doctor --json""",
 )
@@ -180,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _analyze(args)
         if args.verb == "report":
             return _report(args)
+        if args.verb in ON_CLUSTER:
+            return ON_CLUSTER[args.verb](args, parser)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
         elif getattr(args, "format", None):
@@ -313,9 +327,14 @@ def _masks(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from raysparse.recipes import doctor
+    if args.cluster is not None:
+        from cluster import doctor
 
-    facts = doctor.examine()
+        facts = doctor.examine(args.cluster or None, args.folder)
+    else:
+        from raysparse.recipes import doctor
+
+        facts = doctor.examine()
     print(json.dumps(facts, indent=1) if args.json else doctor.show(facts))
     return 0 if facts["well"] else 1
 
@@ -430,6 +449,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tolerance", type=float, metavar="X", help="loss of score that you accept (default: the search's own)")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     sub = verbs.add_parser("doctor", help=DOCTOR_HELP[0], description=f"{DOCTOR_HELP[0]}.\n\n{DOCTOR_HELP[1]}", formatter_class=form)
+    sub.add_argument("--cluster", nargs="?", const="", metavar="ADDRESS", help="look at the nodes of a Ray cluster instead; run it on one")
+    sub.add_argument("--folder", metavar="FOLDER", help="with --cluster: see whether all nodes share this folder")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
     sub = verbs.add_parser("score", help=SCORE_HELP[0], description=f"{SCORE_HELP[0]}.\n\n{SCORE_HELP[1]}", formatter_class=form)
     sub.add_argument("--task", required=True, metavar="TASK", help="name of a task, or a YAML file with a task section")
@@ -437,6 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--references", required=True, nargs="+", metavar="FILE", help="what would be right")
     sub.add_argument("--metrics", nargs="+", default=(), metavar="NAME", help="these instead of the task's")
     sub.add_argument("--json", action="store_true", help="print the facts as JSON on stdout")
+    add_cluster_verbs(verbs, form)
     return parser
 
 

@@ -11,9 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from raysparse.__main__ import EXAMPLES, main
+from raysparse.__main__ import EXAMPLES, _config_type, main
 from raysparse.config import ConfigError, load, merge
-from raysparse.recipes import CONFIGS
 from raysparse.runtime.launch import check_address
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +143,7 @@ def test_the_examples_of_the_help_are_configs(verb, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = EXAMPLES[verb].split()
     files, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
-    load(CONFIGS["pretrain" if verb == "plan" else verb], files, overrides)
+    load(_config_type(verb, files, overrides), files, overrides)
 
 
 def test_changed_data_is_not_the_same_run(capsys, config_file, corpus, pretrain_values, tmp_path):

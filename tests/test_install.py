@@ -29,7 +29,8 @@ def installed(tmp_path_factory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "raysparse", source / "raysparse", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("raysparse", "cluster", "tuning"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     command = [
         sys.executable,
         "-m",

@@ -13,6 +13,7 @@ from typing import Any, cast
 from raysparse.config import ConfigError
 from raysparse.recipes.job import Job, finished
 from raysparse.runtime.mask_actor import managers
+from raysparse.runtime.nodes import check_storage, grows
 from raysparse.runtime.ray_run import PROGRESS, follow
 from raysparse.train.error import TrainingError
 from raysparse.train.metrics import Console
@@ -55,6 +56,7 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     watcher.start()
     try:
         check_resources(run)
+        check_storage(_folders(jobs))
         with managers(jobs):
             return _fit(jobs, run, progress)
     finally:
@@ -121,6 +123,8 @@ def check_resources(run: RunConfig) -> None:
     """A group that can never be placed waits without end; say so instead."""
     import ray
 
+    if grows():
+        return
     have = ray.cluster_resources()
     need = {"CPU": float(run.workers * run.threads)} | ({"GPU": float(run.workers)} if uses_gpu(run) else {})
     for name, amount in need.items():
@@ -136,6 +140,12 @@ def uses_gpu(run: RunConfig) -> bool:
     import ray
 
     return run.device == "cuda" or (run.device == "auto" and ray.cluster_resources().get("GPU", 0) >= run.workers)
+
+
+def _folders(jobs: Sequence[Job]) -> list[Path]:
+    """Where the jobs read and write: those of the runs, and the caches of what was prepared."""
+    caches = {cache for job in jobs for at in (job.config, job.config.get("data", {})) if (cache := at.get("cache_dir"))}
+    return list(dict.fromkeys([*(job.path.parent for job in jobs), *(Path(cache).expanduser().absolute() for cache in sorted(caches))]))
 
 
 def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, Any]]:
