@@ -10,6 +10,7 @@ from raysparse.recipes.job import different_keys
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.report import bytes_text
 from raysparse.runtime.launch import per_worker
+from raysparse.runtime.nodes import grows
 from tuning.config import NSGA2, Optuna, SearchConfig
 from tuning.space import Search
 
@@ -103,7 +104,8 @@ def check_dashboard() -> None:
 
 
 def concurrency(config: SearchConfig) -> int:
-    """Trials at a time: what the nodes hold, which Ray Tune does not know of trials with a worker group of their own.
+    """Trials at a time: what the nodes hold, which Ray Tune does not know of trials with a worker group of their own; on a cluster that
+    grows max_concurrent, and without it what is there.
 
     Raises:
         ConfigError: no node holds a worker, or all of them fewer than a trial has: it would wait for ever.
@@ -113,6 +115,8 @@ def concurrency(config: SearchConfig) -> int:
     need, nodes = per_worker(config.run), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     slots = [min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes]
     fits = sum(slots) // config.run.workers
+    if grows():
+        return config.max_concurrent or max(1, fits)
     if not fits:
         have = ", ".join(" ".join(f"{node.get(name, 0):g} {name}" for name in need) for node in nodes)
         each = " and ".join(f"{amount:g} {name}" for name, amount in need.items())

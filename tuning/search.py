@@ -23,6 +23,7 @@ from raysparse.config import ConfigError
 from raysparse.recipes.job import write_atomically
 from raysparse.report.search import badness, read_search
 from raysparse.runtime.launch import check_resources, per_worker, start
+from raysparse.runtime.nodes import check_storage
 from tuning.check import CONFIG, check, check_dashboard, check_disk, check_folder, concurrency
 from tuning.config import ASHA, NSGA2, PBT, NoScheduler, Optuna, SearchConfig
 from tuning.space import Point, Search
@@ -57,10 +58,11 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
     started = start(config.run, spare=0, dashboard=config.is_nested)
     try:
         check_resources(config.run)
+        config.path.mkdir(parents=True, exist_ok=True)
+        check_storage([config.path])
         check_disk(found, concurrency(config))
         if config.is_nested:
             check_dashboard()
-        config.path.mkdir(parents=True, exist_ok=True)
         write_atomically(config.path / CONFIG, config.to_yaml())
         _pretrain(found)
         _level(found, "search")

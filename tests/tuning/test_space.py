@@ -159,12 +159,17 @@ def test_as_many_trials_as_the_nodes_hold(search_values, monkeypatch, cpus, thre
     import ray
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpu}} for cpu in cpus])
+    monkeypatch.setattr(driver, "grows", lambda: False)
     monkeypatch.setattr(driver, "per_worker", lambda run: {"CPU": float(run.threads)})
     config = SearchConfig.check(search_values(run={"threads": threads, "workers": workers}))
     assert driver.concurrency(config) == fits
     assert driver.concurrency(config.model_copy(update={"max_concurrent": 1})) == 1
+    nine = config.model_copy(update={"run": config.run.model_copy(update={"workers": 9})})
     with pytest.raises(ConfigError, match=r"hold 9 workers of .* CPU\. Got nodes of .*: room for"):
-        driver.concurrency(config.model_copy(update={"run": config.run.model_copy(update={"workers": 9})}))
+        driver.concurrency(nine)
+    monkeypatch.setattr(driver, "grows", lambda: True)
+    assert driver.concurrency(nine) == 1
+    assert driver.concurrency(nine.model_copy(update={"max_concurrent": 5})) == 5
 
 
 def test_another_machine_needs_no_files(search_values, tmp_path):
