@@ -1,6 +1,7 @@
 """What several test modules need: a tiny corpus with its config, and the one Ray instance of the session."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be downloaded
 os.environ["RAY_AUTH_MODE"] = "disabled"  # leave no token in the user's home
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a background job of a shell; commands would inherit it, and tests interrupt some
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

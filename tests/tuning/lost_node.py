@@ -22,7 +22,7 @@ def main(file: str) -> None:
 
     os.environ |= SETTINGS
     config = load(SearchConfig, [file])
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20, "_temp_dir": tempfile.mkdtemp(prefix="rs")}
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20, "temp_dir": tempfile.mkdtemp(prefix="rs")}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]
     ray.init(address=cluster.address, namespace="raysparse", log_to_driver=False, logging_level="ERROR")
@@ -34,7 +34,7 @@ def main(file: str) -> None:
     (trial,) = (process for process in psutil.process_iter() if _is_trial(process, nodes))
     (lost,) = (node for node in nodes if _raylet(node) == trial.ppid())
     cluster.remove_node(lost, allow_graceful=False)
-    print("a node is lost", flush=True)
+    print("a node is lost", file=sys.stderr, flush=True)  # what trials print to stdout is not shown
     thread.join()
     ray.shutdown()
     cluster.shutdown()
