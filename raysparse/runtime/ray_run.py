@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from raysparse.runtime.gauges import Gauges
 from raysparse.runtime.mask_actor import ManagerProxy
 from raysparse.train.checkpoint import MARKER, committed
 from raysparse.train.metrics import Console
@@ -24,6 +25,7 @@ class RayRun:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._progress = progress
+        self._gauges = Gauges() if self.rank == 0 else None
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Tell Ray Train; it registers the checkpoint when the marker is there, while training goes on."""
@@ -44,7 +46,8 @@ class RayRun:
         return ManagerProxy(journal.parent)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        if self.rank == 0:
+        if self._gauges is not None:
+            self._gauges.set(record)
             with self._progress.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(dict(record)) + "\n")
 

@@ -24,6 +24,7 @@ class Interval:
         self._sent = (state.step, *self._sent_before)  # at the last report
         self._began = self._mark = time.perf_counter()
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
+        self._step = state.step  # at the last report
         self._loss: Tensor | None = None
         self._churn = 0.0
 
@@ -59,7 +60,7 @@ class Interval:
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
         self.into(state)
         state.losses["train"] = loss
-        memory = t.memory()
+        memory, wire = t.memory(), self._wire()
         state.memory_bytes = {name: max(size, state.memory_bytes.get(name, 0)) for name, size in memory.items()}
         record = {
             "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
@@ -67,6 +68,7 @@ class Interval:
             "seconds": state.seconds, "bytes_sent": state.bytes_sent,
             "flops": t.ledger.counted.total, "sparsity": _sparsity(t), "churn": self._churn,
             "phase": t.agenda.span(state.step - 1).phase.name, "attention_density": t.attention_density(state.step - 1),
+            "step_seconds": (now - self._mark) / (state.step - self._step), "wire_seconds": wire["wire/seconds_per_step"],
             "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
         }  # fmt: skip
         tags = {
@@ -74,10 +76,10 @@ class Interval:
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
-        } | self._wire() | _memory(memory) | _layer_sparsity(t)  # fmt: skip
+        } | wire | _memory(memory) | _layer_sparsity(t)  # fmt: skip
         t.meter.write(record, tags)
         t.run.show(record)
-        self._loss, self._targets, self._tokens, self._mark = None, 0, state.tokens, now
+        self._loss, self._targets, self._tokens, self._mark, self._step = None, 0, state.tokens, now, state.step
 
     def _wire(self) -> dict[str, float]:
         """A step's bytes that this rank sent, those of whole buffers, and seconds in collectives, in the mean since the last report."""
