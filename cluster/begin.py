@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.check import folders
+from cluster.check import KINDS, folders
 from raysparse.__main__ import main as raysparse
 from raysparse.config import ConfigError, load
-from raysparse.recipes import CONFIGS
 from raysparse.runtime.launch import start
 from raysparse.runtime.nodes import check_storage
 
@@ -17,7 +16,7 @@ from raysparse.runtime.nodes import check_storage
 def main(argv: Sequence[str]) -> int:
     """The exit status of the verb; 2 if a node does not share a folder."""
     verb, file, *_ = argv
-    config: Any = load(CONFIGS[verb], [file])
+    config: Any = load(KINDS[verb], [file])
     start(config.run)  # the cluster of RAY_ADDRESS, which Ray sets for its jobs
     import ray
 

@@ -15,7 +15,12 @@ from raysparse.recipes.compare import CompareConfig
 from raysparse.recipes.plan import plan
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.train.run import RunConfig
+from tuning import search
+from tuning.config import SearchConfig
+from tuning.space import MODELS, Search
 
+KINDS: dict[str, type[Config]] = CONFIGS | {"tune": SearchConfig}
+"""Verb -> its config."""
 WORDS = ("path", "paths", "files", "masks")
 """Keys whose values name files; beside them the splits of `type: files` and the name of `type: hub`."""
 OF_ONE_NODE = ("/tmp", "/var/tmp", "/dev", "/run", "/proc")
@@ -31,7 +36,12 @@ class Node:
 
 
 def stages(config: Any) -> dict[str, Any]:
-    """Prefix of keys -> config, of all that one submission runs: itself, or the stages of a comparison."""
+    """Prefix of keys -> config, of all that one submission runs: itself, stages of a comparison, a search's models and a trial a task."""
+    if isinstance(config, SearchConfig):
+        whole = Search(config)
+        models = map(whole.pretrain_config, whole.first_level())
+        trials = {f"{task or 'pretrain'}: ": whole.trial_config(whole.some_point(task)) for task in whole.space}
+        return {f"{model.run.name}: ": model for model in models} | trials
     if not isinstance(config, CompareConfig):
         return {"": config}
     return {f"{name}: ": one for name, one in (compare.pretrain_configs(config) | compare.finetune_configs(config)).items()}
@@ -64,17 +74,28 @@ def check_paths(config: Any, parcel: Parcel) -> list[str]:
     found = {(f"{prefix}{key}", word): None for prefix, one in stages(config).items() for key, word in paths_of(one)}
     if isinstance(config, CompareConfig):
         own = {"pretrain": config.pretrain, "finetune": config.finetune}
-        found |= {(f"{key}.files", word): None for key, stage in own.items() if stage is not None for word in stage.files}
+    elif isinstance(config, SearchConfig):
+        own = {"pretrain": config.pretrain} | {f"tasks.{name}": stage for name, stage in config.tasks.items()}
+    else:
+        own = {}
+    found |= {(f"{key}.files", word): None for key, stage in own.items() if stage is not None for word in stage.files}
     left = []
     for key, word in found:
         path = Path(word).expanduser()
         here = bool(glob.glob(str(path if path.is_absolute() else parcel.folder / path), recursive=True))
         if not here and (path.is_absolute() or key.endswith("sparsity.masks")):  # masks may be named by their run
-            if not (isinstance(config, CompareConfig) and path.is_relative_to(config.run.path)):  # what an earlier stage will write
+            if not any(path.is_relative_to(made) for made in _made_on_the_way(config)):
                 left.append(f"{key}={word}")
         elif here and not path.is_absolute():
             _check_shipped(key, word, parcel)
     return left
+
+
+def _made_on_the_way(config: Any) -> list[Path]:
+    """Folders of what an earlier stage will write."""
+    if isinstance(config, SearchConfig):
+        return [config.path.parent / MODELS]
+    return [config.run.path] if isinstance(config, CompareConfig) else []
 
 
 def paths_of(config: Config) -> list[tuple[str, str]]:
@@ -161,6 +182,8 @@ def _dry_run(config: Any, whole_grid: bool) -> None:
         grid.dry_run(config)
     elif isinstance(config, CompareConfig):
         compare.dry_run(config)
+    elif isinstance(config, SearchConfig):
+        search.dry_run(config)
     else:
         verb = next(verb for verb, kind in CONFIGS.items() if kind is type(config))
         MODULES[verb].dry_run(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysparse.config import load
 
-RUNS = ("pretrain", "finetune", "evaluate", "zeroshot", "compare")
+RUNS = ("pretrain", "finetune", "evaluate", "zeroshot", "compare", "tune")
 """Verbs that start runs."""
 
 SUBMIT_HELP = (
@@ -97,13 +97,13 @@ def add(verbs: Any, form: Any) -> None:
 
 
 def submit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from cluster.check import KINDS
     from cluster.submit import submit
-    from raysparse.recipes import CONFIGS
 
     if args.grid and args.what != "finetune":
         parser.error("--grid is of finetune")
     files = [word for word in args.words if "=" not in word or Path(word).is_file()]
-    config = load(CONFIGS[args.what], files, [word for word in args.words if word not in files])
+    config = load(KINDS[args.what], files, [word for word in args.words if word not in files])
     return submit(args.what, config, args)
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster import client as jobs
-from cluster.check import check_config, check_resources, check_storage
+from cluster.check import KINDS, check_config, check_resources, check_storage
 from cluster.ship import Parcel, check_names, check_size, collect, pack, parse_size, show
 from raysparse import __version__
 from raysparse.config import ConfigError, together
-from raysparse.recipes import CONFIGS
 
 CONFIG = "raysparse-job/config.yaml"
 """Where the resolved config lies in what is shipped."""
@@ -45,8 +44,9 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """What the head node's shell gets to see: fixed words alone. Everything that a user wrote travels in the config file."""
-        assert self.verb in CONFIGS
-        return shlex.join(["python", "-m", "cluster.begin", self.verb, CONFIG, *(["--grid"] if self.whole_grid else [])])
+        assert self.verb in KINDS
+        more = ["--grid"] if self.whole_grid else ["--resume"] if self.verb == "tune" else []  # a search that is new there begins
+        return shlex.join(["python", "-m", "cluster.begin", self.verb, CONFIG, *more])
 
 
 def prepare(

@@ -24,6 +24,8 @@ from tuning.config import NSGA2, PBT, Grid, NoScheduler, Optuna, Random, SearchC
 from tuning.domain import Space, combinations, draw, is_plain, representatives
 
 LOSS = "validation_loss"
+MODELS = "pretrained"
+"""Beside the folder of a search: the models of first levels."""
 C = TypeVar("C", bound=PretrainConfig | FinetuneConfig)
 
 
@@ -138,7 +140,7 @@ class Search:
         config = self._config(PretrainConfig, "pretrain", settings, self._run("run", None), {})
         digest = hashlib.sha256(json.dumps(identity_of(config), sort_keys=True).encode()).hexdigest()[:10]
         name = f"sparsity{config.sparsity.target:g}-{digest}"
-        run = config.run.model_copy(update={"name": name, "folder": str(self.path.parent / "pretrained")})
+        run = config.run.model_copy(update={"name": name, "folder": str(self.path.parent / MODELS)})
         return config.model_copy(update={"run": run})
 
     def trial_config(self, point: Point) -> PretrainConfig | FinetuneConfig:

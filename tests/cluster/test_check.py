@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.check import Node, check_config, check_paths, check_resources, check_storage, paths_of
+from cluster.check import KINDS, Node, check_config, check_paths, check_resources, check_storage, paths_of
 from cluster.ship import collect
-from cluster.submit import prepare
+from cluster.submit import CONFIG, Submission, prepare
 from raysparse.config import ConfigError, merge
 from raysparse.recipes import CONFIGS
 from raysparse.recipes.pretrain import PretrainConfig
@@ -173,6 +173,31 @@ def test_a_comparison_ships_the_files_of_its_stages(values, folder):
         check_config(config, collect(folder), False)
     with pytest.raises(ConfigError, match=r"Set data.cache_dir to an absolute path"):
         check_storage(merged(config, pretrain={"set": {"data": {"cache_dir": "~/cache"}}}), 2)
+
+
+def test_a_search_ships_the_files_of_its_stages(values, folder):
+    values["run"].pop("name")
+    (folder / "stage.yaml").write_text(yaml.safe_dump(values))
+    data = {"type": "folder", "path": "/shared/pairs"}
+    tune = {"model": {"path": "m"}, "task": {"type": "seq2seq", "data": data, "metrics": ["chrf"]}, "cache_dir": "/shared/cache"}
+    (folder / "task.yaml").write_text(yaml.safe_dump(tune))
+    space = {"sparsity.target": {"choice": [0.0, 0.5]}}
+    config = KINDS["tune"].check(
+        {
+            "run": {"name": "search", "folder": "/shared/runs"},
+            "pretrain": {"files": ["stage.yaml"], "space": space},
+            "tasks": {"pairs": {"files": ["task.yaml"]}},
+        }
+    )
+    assert check_config(config, collect(folder), False) == ["pairs: task.data.path=/shared/pairs"]  # not the models, which it makes
+    assert Submission("tune", config, False, collect(folder)).entrypoint == f"python -m cluster.begin tune {CONFIG} --resume"
+    with pytest.raises(ConfigError, match=r"pairs: cache_dir on storage .* Got ~/cache"):
+        check_storage(merged(config, tasks={"pairs": {"set": {"cache_dir": "~/cache"}}}), 2)
+    with pytest.raises(ConfigError, match=r"optimizer\.lrr: no such key"):
+        check_config(merged(config, tasks={"pairs": {"space": {"optimizer.lrr": {"choice": [1]}}}}), collect(folder), False)
+    (folder / ".gitignore").write_text("task.yaml\n")
+    with pytest.raises(ConfigError, match=r"Expected tasks\.pairs\.files=task\.yaml to travel"):
+        check_config(config, collect(folder), False)
 
 
 @pytest.mark.parametrize(
