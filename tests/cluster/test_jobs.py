@@ -118,6 +118,22 @@ def test_a_submitted_run_ends_with_its_summary(head, frail, project, tmp_path):
     assert "step        12/12" not in again.stdout
 
 
+def test_a_submitted_search_ends_with_its_page(head, project, tmp_path):
+    values = {
+        "run": {"name": "search", "folder": str(tmp_path / "runs"), "device": "cpu"},
+        "pretrain": {"files": ["tiny.yaml"], "space": {"sparsity.target": {"choice": [0.0, 0.5]}}},
+    }
+    (project / "search.yaml").write_text(yaml.safe_dump(values))
+    submit = ["submit", "--address", head, "--follow", "tune", "search.yaml"]
+    done = raysparse(project, *submit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[  2/2] finished" in done.stdout
+    assert (tmp_path / "runs" / "search" / "report.html").exists()
+    again = raysparse(project, *submit)  # goes on, and nothing is left to do
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "/2] finished" not in again.stdout
+
+
 def test_what_a_real_head_cannot_hold_is_refused(head, project):
     done = raysparse(project, "submit", "--address", head, "pretrain", "tiny.yaml", "run.workers=4", "run.threads=2")
     assert done.returncode == 2
