@@ -98,6 +98,7 @@ class _Trial:
         if self._search.is_nested:
             from raysparse.runtime.launch import launch
 
+            _tell_address()
             (summary,) = launch([job], self._config.run, reporter)
         else:
             from raysparse.runtime.local import run_here
@@ -162,6 +163,16 @@ class Reporter(Console):
         from ray import tune
 
         tune.report(self._validation[1])
+
+
+def _tell_address() -> None:
+    """When a trial is stopped, a process of Ray Train's frees what its workers held. It looks for its cluster by RAY_ADDRESS, and with
+    several on a machine and no address it fails, and the next trial waits for ever; Ray Train hands few variables on."""
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _flops_of_parent(config: PretrainConfig | FinetuneConfig) -> float:

@@ -163,7 +163,7 @@ def command(values, tmp_path, *words):
 def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.returncode
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
