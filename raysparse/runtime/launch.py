@@ -96,6 +96,7 @@ def _start(ray: Any, run: RunConfig, spare: int, dashboard: bool) -> None:
         )
     cpus = max(run.workers * run.threads, cores) + spare  # logical
     ray.init(
+        address="local",  # else it would join, or fail at, whatever `ray start` has left running here
         num_cpus=cpus,
         include_dashboard=dashboard,
         object_store_memory=256 << 20,
