@@ -1,9 +1,10 @@
 """The config of a search: its stages, its algorithm, its scheduler."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raysparse.config import Config
 from raysparse.train.run import RunConfig
@@ -19,6 +20,21 @@ class StageConfig(Config):
     """Keys to change in every run of the stage, for example ``pretrain.set.training.length=100``."""
     space: Space = Field(default_factory=dict)
     """Dotted key -> its values: ``optimizer.lr: {loguniform: [1e-5, 1e-3]}``."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """An override of a key comes nested, and after what the files say: it takes the place of their values."""
+        return dict(_domains(value, "")) if isinstance(value, Mapping) else value
+
+
+def _domains(values: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        is_section = isinstance(value, Mapping) and value and all(isinstance(inner, Mapping) for inner in value.values())
+        if is_section:
+            yield from _domains(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
 
 
 class Grid(Config):

@@ -29,7 +29,7 @@ class Domain(Config):
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if len(given := [name for name, value in self if value is not None]) != 1:
-            raise ValueError(f"Expected one of choice, uniform, loguniform, randint. Got {', '.join(given) or 'none'}; set others to null")
+            raise ValueError(f"Expected one of choice, uniform, loguniform, randint. Got {', '.join(given) or 'none'}")
         if self.choice is not None:
             if not self.choice:
                 raise ValueError("Expected at least one value in choice. Got none")

@@ -74,6 +74,14 @@ def test_searches_that_cannot_be(search_values, changes, says):
         search(values)
 
 
+def test_an_override_of_a_key_takes_the_place_of_its_values(search_values, tmp_path):
+    (tmp_path / "search.yaml").write_text(SearchConfig.check(search_values()).to_yaml())
+    words = ["pretrain.space.sparsity.target={choice: [0.5]}", "tasks.pairs.space.optimizer.lr={uniform: [0.1, 0.2]}"]
+    found = load(SearchConfig, [tmp_path / "search.yaml"], words)
+    assert found.pretrain.space == {"sparsity.target": Domain(choice=(0.5,))}
+    assert found.tasks["pairs"].space == {"optimizer.lr": Domain(uniform=(0.1, 0.2))}
+
+
 def test_a_grid_has_every_combination_at_every_seed(search_values):
     points = search(search_values(seeds=[3, 5])).points()
     assert len(points) == len({point.digest for point in points}) == 2 * 2 * 2
