@@ -324,20 +324,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=STACK.layers)
+    parser.add_argument("--tokens", type=int, default=STACK.tokens, help="of a rank in a step: with more, computing takes longer")
     parser.add_argument("--whole-model", action="store_true", help="also GPT-2 Small, vocabulary and all, 2 ranks unshaped at 75 %%")
     parser.add_argument("--layouts", action="store_true", help="only the seconds to make the layouts of GPT-2 Small, of --ranks")
     parser.add_argument("--throttle", action="store_true", help="throttle the process group instead of shaping links; needs no root")
     parser.add_argument("--out", type=Path, help="folder for wire_<hardware>_<date>.{json,md}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    size = replace(STACK, layers=args.layers)
+    size = replace(STACK, layers=args.layers, tokens=args.tokens)
     if args.worker:
         worker(args.sparsities, args.rounds, WHOLE_MODEL if args.whole_model else size, args.rates[0] if args.throttle else None)
         return 0
     if args.layouts:
         print(table(["ranks", "seconds to make the layouts"], [[ranks, f"{layouts(ranks):.2f}"] for ranks in args.ranks]))
         return 0
-    words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds), "--layers", str(args.layers)]
+    words = ["--sparsities", *map(str, args.sparsities), "--rounds", str(args.rounds)]
+    words += ["--layers", str(args.layers), "--tokens", str(args.tokens)]
     if not args.throttle and (reason := refusal()) is not None:
         print(f"No links can be shaped here, so the process group is throttled. {reason}", file=sys.stderr)
         args.throttle = True
@@ -345,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     links, rows = [Link(ranks, gbit, args.throttle) for ranks in args.ranks for gbit in args.rates], []
     for link in tqdm(links, desc="links"):
         rows += rows_of(link, launch(link, words))
-    tables = [f"## A stack of {size.layers} blocks of width {size.width}{how}\n\n{report(rows)}"]
+    tables = [f"## A stack of {size.layers} blocks of width {size.width}, {size.tokens} tokens a rank{how}\n\n{report(rows)}"]
     if args.whole_model:
         link = Link(2, 0, args.throttle)
         whole = rows_of(link, launch(link, ["--sparsities", "0.75", "--rounds", "3", "--whole-model"]))

@@ -60,8 +60,8 @@ def _cost_of_a_worker(summary: dict[str, Any]) -> list[str]:
     steps, kept, lines = max(1, summary["steps"]), summary["memory_bytes"], []
     if summary["bytes_sent"]:
         sent, dense = bytes_text(summary["bytes_sent"] / steps), bytes_text(summary["dense_bytes_sent"] / steps)
-        seconds = summary["wire_seconds"] / steps
-        lines.append(f"sent in a step    {sent} by a worker at most, {dense} with its zeros; {seconds:.3g} s in collectives")
+        seconds = f"; {summary['wire_seconds'] / steps:.3g} s in collectives" if summary["wire_seconds"] else ""  # fairscale does not tell
+        lines.append(f"sent in a step    {sent} by a worker at most, {dense} with its zeros{seconds}")
     sizes = {name: bytes_text(size) for name, size in (kept | {"peak": summary["peak_memory_bytes"]}).items()}
     return [
         *lines,

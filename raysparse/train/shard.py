@@ -214,13 +214,15 @@ class FSDP2(Sharded):
         for (exchange, names), packs in zip(self._units, worth, strict=True):
             exchange.layout = self._layout(names, topology) if packs and not self.choice.is_whole else None
 
-    def _layout(self, names: Sequence[str], topology: Topology) -> Layout:
+    def _layout(self, names: Sequence[str], topology: Topology) -> Layout | None:
+        """None where the fullest rank, to which the others are padded, has too many live elements."""
         shapes, masks = {name: self.parts[name].shape for name in names}, {}
         for name in [name for name in names if name in topology.masks]:
             bits = self.whole(name, topology.live(name).bits)
             self.wire.add(bits.nbytes, self._num_shards, dense=0)
             masks[name] = unpack(bits, shapes[name][1]).to(self.parts[name].local.device)
-        return Layout(shapes, masks, self._num_shards)
+        layout = Layout(shapes, masks, self._num_shards)
+        return layout if layout.width <= WORTH * layout.length else None
 
     def begin(self, dense_gradient: bool) -> None:
         for exchange, _ in self._units:

@@ -368,3 +368,19 @@ def test_too_little_to_leave_out_is_sent_whole(tmp_path):
     assert WORTH == 0.9
     whole, packed = (spawn(run, 2, str(tmp_path / mode), sections(mode), {"target": 0.05}) for mode in ("off", "on"))
     assert [one["sent"] for one in packed] == [one["sent"] for one in whole]
+
+
+def skewed(folder):
+    """The layouts that are kept where all live weights are in rank 0's rows."""
+    t, _ = assemble(folder, sections("on"), SPARSE)
+    first = {name: torch.full_like(mask, dist.get_rank() == 0) for name, mask in t.topology.masks.items()}
+    t.topology.replace(first, first)
+    t.follow()
+    forward_backward(t, 0)
+    return [exchange.layout for exchange, _ in t.sharded._units]
+
+
+def test_padding_to_a_full_rank_is_sent_whole(tmp_path):
+    """Half of the elements live; but one rank has all of its own, and the other is padded to as many."""
+    for layouts in spawn(skewed, 2, str(tmp_path)):
+        assert set(layouts) == {None}
