@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo tune-demo test test-slow fuzz check format bench clean
+.PHONY: help setup quickstart mst-demo tune-demo test test-slow chaos fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,13 @@ tune-demo: $(VENV)/installed ## search sparsity and learning rate for the docstr
 	$(BIN)/raysparse tune tuning/spaces/demo.yaml --resume
 
 test: $(VENV)/installed-dev ## the test suite, without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
 
 test-slow: $(VENV)/installed-dev ## the slow tests: whole commands, kill and resume, torch.compile
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/installed-dev ## the faults of docs/faults.md, each against an uninterrupted run; prints their table
+	$(BIN)/python -m pytest tests/chaos -m chaos
 
 fuzz: $(VENV)/installed-dev ## the native kernels under AddressSanitizer and UBSan, on drawn cases
 	$(BIN)/python -m tests.kernels.fuzz

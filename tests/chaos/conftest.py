@@ -1,0 +1,36 @@
+"""Every case of this folder is a fault: what happens, how long until training goes on, what was lost. The table is printed at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("chaos")
+
+
+@pytest.fixture
+def outcome(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``outcome(case, happens, recovery_s, lost_steps)``: a row of the table of docs/faults.md, once the test has seen it.
+
+    recovery_s: from the fault to the first new step (None where the run ends); lost_steps: done again, of those between checkpoints.
+    """
+
+    def note(case: str, happens: str, recovery_s: float | None, lost_steps: int | None, interval: int | None = None) -> None:
+        row = {"case": case, "happens": happens, "recovery_s": recovery_s, "lost_steps": lost_steps, "interval": interval}
+        request.config.stash.setdefault(ROWS, []).append(row)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for row in config.stash.get(ROWS, []):
+        back = "ends" if row["recovery_s"] is None else f"{row['recovery_s']:.1f} s"
+        lost = "-" if row["lost_steps"] is None else f"{row['lost_steps']} of at most {row['interval']} steps"
+        terminalreporter.write_line(f"| {row['case']} | {row['happens']} | {back} | {lost} |")
