@@ -58,6 +58,7 @@ class Interval:
         loss = float(t.all_sum(self._loss.double().cpu().reshape(1))) / max(1, self._targets)
         now = time.perf_counter()
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
+        parts = {name: float(t.all_sum(part.double())) / (state.step - self._step) for name, part in t.objective.parts().items()}
         self.into(state)
         state.losses["train"] = loss
         memory, wire = t.memory(), self._wire()
@@ -71,12 +72,14 @@ class Interval:
             "step_seconds": (now - self._mark) / (state.step - self._step), "wire_seconds": wire["wire/seconds_per_step"],
             "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
         }  # fmt: skip
+        record |= {f"{name}_loss": part for name, part in parts.items()}
         tags = {
             "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
         } | wire | _memory(memory) | _layer_sparsity(t)  # fmt: skip
+        tags |= {f"loss/{name}": part for name, part in parts.items()}
         t.meter.write(record, tags)
         t.run.show(record)
         self._loss, self._targets, self._tokens, self._mark, self._step = None, 0, state.tokens, now, state.step
