@@ -72,7 +72,6 @@ class Interval:
             "step_seconds": (now - self._mark) / (state.step - self._step), "wire_seconds": wire["wire/seconds_per_step"],
             "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
         }  # fmt: skip
-        record |= {f"{name}_loss": part for name, part in parts.items()}
         tags = {
             "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
@@ -80,8 +79,9 @@ class Interval:
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
         } | wire | _memory(memory) | _layer_sparsity(t)  # fmt: skip
         tags |= {f"loss/{name}": part for name, part in parts.items()}
-        t.meter.write(record, tags)
-        t.run.show(record)
+        told = record | {f"{name}_loss": part for name, part in parts.items()}
+        t.meter.write(told, tags)
+        t.run.show(told)
         self._loss, self._targets, self._tokens, self._mark, self._step = None, 0, state.tokens, now, state.step
 
     def _wire(self) -> dict[str, float]:
