@@ -21,13 +21,13 @@ from transformers import GenerationConfig as Settings
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.measure import Ratio, interleave, table, write
-from raysparse.data.pairs import PairFeed, encode_prompts
+from raysparse.data.pairs import PairFeed, PairRows, encode_prompts
 from raysparse.data.tokenizer import TrainTokenizer, load, train
 from raysparse.recipes.evaluate import load_tokenizer
 from raysparse.recipes.score import KINDS
 from raysparse.tasks import Dart, Docstrings
 from raysparse.tasks.base import Task
-from raysparse.tasks.generate import GenerationConfig, generate, left_pad
+from raysparse.tasks.generate import Beginnings, GenerationConfig, generate, left_pad
 from raysparse.tasks.tables import PairFolder
 
 CONTEXT, NEW = 256, 48
@@ -60,15 +60,16 @@ def answers(tokenizer: Any, task: Task, num_prompts: int, rounds: int) -> list[d
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=256, n_layer=4, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     prompts = encode_prompts(task.examples("test")[:num_prompts], tokenizer, task, CONTEXT, NEW)
+    asked = Beginnings(prompts, tokenizer.eos_token_id)
     rows = []
     for name, more in SETTINGS.items():
         settings = GenerationConfig(max_new_tokens=NEW, batch_size=16, **cast(Any, more))
-        ours = generate(cast(Any, model), tokenizer, prompts, settings, progress=False)
+        ours = generate(cast(Any, model), tokenizer, asked, settings, progress=False)
         same = sum(ours[k] == text for k, text in enumerate(plainly(model, tokenizer, prompts, settings)))
         times = interleave(
             {
                 "plain": lambda _, settings=settings: plainly(model, tokenizer, prompts, settings),
-                "ours": lambda _, settings=settings: generate(cast(Any, model), tokenizer, prompts, settings, progress=False),
+                "ours": lambda _, settings=settings: generate(cast(Any, model), tokenizer, asked, settings, progress=False),
             },
             rounds,
             warmup=1,
@@ -83,8 +84,9 @@ def answers(tokenizer: Any, task: Task, num_prompts: int, rounds: int) -> list[d
 def padding(tokenizer: Any, task: Task, steps: int = 320) -> dict[int, float]:
     """Window -> mean tokens of a batch of 8 pairs."""
     found = {}
+    rows = PairRows.encode(task.examples("train"), tokenizer, task, 512)
     for window in WINDOWS:
-        feed = PairFeed(task.examples("train"), tokenizer, task, 512, 8, 0, window)
+        feed = PairFeed(rows, 8, 0, window)
         found[window] = sum(feed.batch(step, range(8)).input_ids.numel() for step in range(steps)) / steps
     return found
 

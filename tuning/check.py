@@ -78,13 +78,10 @@ def check_disk(search: Search, at_once: int) -> None:
 
 
 def _parameters(config: PretrainConfig | FinetuneConfig) -> int:
-    from raysparse.recipes.evaluate import load_tokenizer
-
     if isinstance(config, PretrainConfig):
         model = skeleton(config.model, getattr(config.data.tokenizer, "vocab_size", None), config.data.context)
     else:
-        config = finetune.with_model_folder(config)
-        model = skeleton(config.model, len(load_tokenizer(str(config.model.path))), config.context)
+        model = finetune.model_skeleton(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,8 +1,11 @@
-"""Fine-tuning data: prompt, separator, answer, end of text in one row; only the answer is predicted."""
+"""Fine-tuning data of causal models: prompt, separator, answer, end of text in one row; only the answer is predicted.
+
+And the order in which rows, these or those of `seq2seq`, are trained on.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +20,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MULTIPLE = 8
+
+
+class Rows(Protocol):
+    """Pairs of a prompt and its answer, as one model reads them."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs whose prompt was cut."""
+        ...
+
+    @property
+    def num_truncated_targets(self) -> int:
+        """Pairs whose answer was cut."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def sizes(self) -> Ints:
+        """[rows], tokens of each: what is sorted by, so that rows of similar size share a batch."""
+        ...
+
+    def batch(self, index: Ints, whole: Ints) -> Batch:
+        """Rows `index`, padded to the longest of `whole`, the global batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,36 +70,32 @@ class PairRows:
     @staticmethod
     def encode(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -> "PairRows":
         """Every (example, reference) is a pair; `context` is the longest `Batch.input_ids`, one less than a whole row."""
-        if not examples:
-            raise ConfigError("Expected examples to train or validate on. Got none. Check task and its max_examples.")
-        pairs = [(task.prompt(example), task.lead + reference) for example in examples for reference in example.references]
-        for prompt, target in pairs:
-            if not target.strip():
-                raise ConfigError(f"Expected a target for every prompt. Got none for {prompt!r:.80}. Remove the pair.")
+        pairs = pairs_of(examples, task)
         separator = _separator(tokenizer, task, context)
         rows: list[list[int]] = []
         num_prompt: list[int] = []
         num_truncated = num_truncated_targets = 0
-        prompts, targets = (_encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
+        prompts, targets = (encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
         for prompt, target in zip(prompts, targets, strict=True):
             num_truncated_targets += len(target) > context // 2
             target = [*target[: context // 2], tokenizer.eos_token_id]
             room = context + 1 - len(separator) - len(target)
             num_truncated += len(prompt) > room
-            rows.append([*_cut(prompt, room, task), *separator, *target])
+            rows.append([*cut(prompt, room, task), *separator, *target])
             num_prompt.append(len(rows[-1]) - len(target))
-        first = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        ids = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(first[-1]))
+        ids, first = joined(rows)
         return PairRows(ids, first, np.array(num_prompt), context, pad_id(tokenizer), num_truncated, num_truncated_targets)
 
     def __len__(self) -> int:
         return len(self.num_prompt)
 
+    @property
+    def sizes(self) -> Ints:
+        return np.diff(self.first)
+
     def batch(self, index: Ints, whole: Ints) -> Batch:
-        """Rows `index`, padded on the right to the longest of `whole`, the global batch. A causal model needs no mask there: no
-        token that counts sees the padding."""
-        sizes = np.diff(self.first)[whole] - 1
-        length = min(-(-int(sizes.max()) // _MULTIPLE) * _MULTIPLE, self.context)
+        """See `Rows`. The padding is on the right, where a causal model needs no mask: no token that counts sees it."""
+        length = padded(self.sizes[whole] - 1, self.context)
         input_ids = torch.full((len(index), length), self.pad_id)
         labels = torch.full((len(index), length), IGNORED)
         for row, pair in enumerate(index):
@@ -89,18 +113,8 @@ class PairFeed:
     batches of a window come in an order keyed by (seed, window).
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        tokenizer: "PreTrainedTokenizerFast",
-        task: Task,
-        context: int,
-        sequences: int,
-        seed: int,
-        window: int = 1,
-    ) -> None:
-        self.rows = PairRows.encode(examples, tokenizer, task, context)
-        self.sequences, self.seed, self.window = sequences, seed, window
+    def __init__(self, rows: Rows, sequences: int, seed: int, window: int = 1) -> None:
+        self.rows, self.sequences, self.seed, self.window = rows, sequences, seed, window
         self._sorted: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -109,12 +123,12 @@ class PairFeed:
         return -(-len(self.rows) // self.sequences)
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """[len(rows), longest of the global batch, rounded up to a multiple of 8]; see `Feed`."""
+        """See `Feed`."""
         number, place = divmod(step, self.window)
         if self._sorted[0] != number:
             size = self.window * self.sequences
             pairs = shuffled(number, range(size), size, len(self.rows), self.seed)
-            self._sorted = number, pairs[np.argsort(np.diff(self.rows.first)[pairs], kind="stable")] if self.window > 1 else pairs
+            self._sorted = number, pairs[np.argsort(self.rows.sizes[pairs], kind="stable")] if self.window > 1 else pairs
         batch = int(permute(np.array([place]), np.array([number]), self.window, self.seed)[0])
         whole = self._sorted[1][batch * self.sequences : (batch + 1) * self.sequences]
         return self.rows.batch(whole[np.asarray(rows, dtype=np.int64)], whole)
@@ -123,9 +137,8 @@ class PairFeed:
 class PairValidation:
     """`sequences` pairs, evenly spread over all: the same ones every time, whatever the step."""
 
-    def __init__(self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int, sequences: int) -> None:
-        self.rows = PairRows.encode(examples, tokenizer, task, context)
-        self.sequences = sequences
+    def __init__(self, rows: Rows, sequences: int) -> None:
+        self.rows, self.sequences = rows, sequences
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """As `PairFeed.batch`."""
@@ -144,8 +157,8 @@ def encode_prompts(
             f"Expected room for a prompt in a context of {context} tokens. Got {max_new_tokens} for the answer and "
             f"{len(separator)} for the separator. Lower max_new_tokens or raise the context."
         )
-    prompts = _encode(tokenizer, [task.prompt(example) for example in examples])
-    return [[*_cut(prompt, room, task), *separator] for prompt in prompts]
+    prompts = encode(tokenizer, [task.prompt(example) for example in examples])
+    return [[*cut(prompt, room, task), *separator] for prompt in prompts]
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -165,11 +178,34 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -
     return separator
 
 
-def _cut(prompt: list[int], room: int, task: Task) -> list[int]:
+def pairs_of(examples: Sequence[Example], task: Task) -> list[tuple[str, str]]:
+    """(prompt, answer) of every reference of every example."""
+    if not examples:
+        raise ConfigError("Expected examples to train or validate on. Got none. Check task and its max_examples.")
+    pairs = [(task.prompt(example), task.lead + reference) for example in examples for reference in example.references]
+    for prompt, target in pairs:
+        if not target.strip():
+            raise ConfigError(f"Expected a target for every prompt. Got none for {prompt!r:.80}. Remove the pair.")
+    return pairs
+
+
+def joined(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], Ints]:
+    """Rows of tokens one after the other, and where each begins; the end of the last one too."""
+    first = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(first[-1])), first
+
+
+def padded(sizes: Ints, longest: int) -> int:
+    """The largest of the sizes, rounded up to a multiple of 8, at most `longest`."""
+    return min(-(-int(sizes.max()) // _MULTIPLE) * _MULTIPLE, longest)
+
+
+def cut(prompt: list[int], room: int, task: Task) -> list[int]:
+    """What of a prompt is left in so much room."""
     return prompt[:room] if task.cut == "end" else prompt[max(0, len(prompt) - room) :]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Ids without special tokens; a special token written in a text is text."""
     if not texts:
         return []

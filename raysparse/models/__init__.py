@@ -7,11 +7,11 @@ from raysparse.models.build import (
     block_linears,
     blocks,
     build,
-    flops_architecture,
     select,
     skeleton,
 )
 from raysparse.models.layout import to_hub, to_linear
+from raysparse.models.multiplied import flops_architecture
 
 __all__ = [
     "HybridAttention",

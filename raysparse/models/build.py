@@ -1,4 +1,4 @@
-"""Which model: GPT-2 and GPT-3 sizes from scratch, or any causal language model in Hugging Face format.
+"""Which model: GPT, T5 and Whisper sizes from scratch, or in Hugging Face format any causal language model, a T5 or a Whisper.
 
 transformers' own classes are the models. A built model differs from transformers' in one thing: its matrices are all
 `nn.Linear`, [out, in] (see `layout`).
@@ -8,49 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from raysparse.config import Config, ConfigError, merge
-from raysparse.models.hub_config import check_overrides, read_config
+from raysparse.models.hub_config import CAUSAL, Kind, auto_class, check_kind, check_overrides, kind_of, position_key, read_config
 from raysparse.models.layout import to_linear
-from raysparse.sparsity.flops import Architecture
+from raysparse.models.presets import PRESETS, Preset, preset_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-class _Size(NamedTuple):
-    layers: int
-    width: int
-    heads: int
-    context: int
-
-
-# GPT-2: Radford et al. 2019, table 2. GPT-3: Brown et al. 2020 (arXiv:2005.14165), table 2.1, all layers with full attention;
-# XL with 16 heads of 128 as SPDF (arXiv:2303.10464) has it, 13B with 40 heads of 128 (the table's 5140 is not divisible).
-_SIZES = {
-    "debug": _Size(2, 64, 2, 1024),
-    "tiny": _Size(4, 128, 4, 1024),
-    "gpt2-small": _Size(12, 768, 12, 1024),
-    "gpt2-medium": _Size(24, 1024, 16, 1024),
-    "gpt2-large": _Size(36, 1280, 20, 1024),
-    "gpt2-xl": _Size(48, 1600, 25, 1024),
-    "gpt3-small": _Size(12, 768, 12, 2048),
-    "gpt3-medium": _Size(24, 1024, 16, 2048),
-    "gpt3-large": _Size(24, 1536, 16, 2048),
-    "gpt3-xl": _Size(24, 2048, 16, 2048),
-    "gpt3-2.7b": _Size(32, 2560, 32, 2048),
-    "gpt3-6.7b": _Size(32, 4096, 32, 2048),
-    "gpt3-13b": _Size(40, 5120, 40, 2048),
-}
-
-_Gpt2 = Literal["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-_Gpt3 = Literal["gpt3-small", "gpt3-medium", "gpt3-large", "gpt3-xl", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b"]
-Preset = Literal["debug", "tiny", _Gpt2, _Gpt3]
 
 
 BLOCK_LINEARS = "block_linears"
@@ -60,9 +30,9 @@ class ModelConfig(Config):
     """Exactly one of `preset` (weights drawn from the seed) and `path` (weights read)."""
 
     preset: Preset | None = None
-    """A GPT-2 style model from scratch: vocabulary 50257 and dropout 0 unless told otherwise; the data sets the context."""
+    """A model from scratch: dropout 0 unless told otherwise; the data sets vocabulary and context."""
     path: str | None = Field(None, min_length=1)
-    """A local folder in Hugging Face format, or a model name on the hub; a causal language model."""
+    """A local folder in Hugging Face format, or a model name on the hub: a causal language model, a T5 or a Whisper."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, for example ``{resid_pdrop: 0.1}`` or ``{n_layer: 6}``."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -72,29 +42,31 @@ class ModelConfig(Config):
     def _one_source(self) -> Self:
         if (self.preset is None) == (self.path is None):
             got = "neither" if self.preset is None else f"preset {self.preset} and path {self.path}"
-            raise ValueError(f"Expected exactly one of preset and path. Got {got}. Presets: {', '.join(_SIZES)}")
+            raise ValueError(f"Expected exactly one of preset and path. Got {got}. Presets: {', '.join(PRESETS)}")
         return self
 
 
-def architecture(config: ModelConfig, vocab_size: int | None = None, context: int | None = None) -> "PretrainedConfig":
+def architecture(
+    config: ModelConfig, vocab_size: int | None = None, context: int | None = None, kinds: Sequence[Kind] = CAUSAL
+) -> "PretrainedConfig":
     """The Hugging Face config of the model, overrides applied.
 
     Args:
         vocab_size: tokens that the data uses. A preset takes it as its own; a pretrained or overridden vocabulary must hold it.
-        context: tokens of the longest sequence; likewise.
+        context: tokens of the longest sequence (where there is an encoder, of what the decoder reads); likewise.
+        kinds: what the caller can work with.
 
     Raises:
-        ConfigError: an unreadable `path` (its weight files included), not a causal language model, an unknown or ill-typed
+        ConfigError: an unreadable `path` (its weight files included), a model of another kind, an unknown or ill-typed
             override, a vocabulary or context that does not fit.
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    base = read_config(config.path) if config.path is not None else _preset_config(config.preset)
+    base = read_config(config.path) if config.path is not None else preset_config(config.preset or "")
+    check_kind(base, kinds, config.path or f"preset {config.preset}")
     changes = check_overrides(config.overrides, base, "model.overrides")
-    keys = ("max_position_embeddings", "max_seq_len", "n_positions")
-    position_key = next((base.attribute_map.get(key, key) for key in keys if hasattr(base, key)), None)
     fitted: dict[str, Any] = {}
-    for key, needed, what in (("vocab_size", vocab_size, "tokens"), (position_key, context, "positions")):
+    for key, needed, what in (("vocab_size", vocab_size, "tokens"), (position_key(base), context, "positions")):
         if key is None or needed is None:
             continue
         if config.preset is not None and key not in changes:
@@ -105,8 +77,10 @@ def architecture(config: ModelConfig, vocab_size: int | None = None, context: in
                 f"{config.path or f'model.overrides of {config.preset}'}. Use other data, or a model that fits."
             )
     values = merge(base.to_dict(), {**changes, **fitted})
-    if config.preset is not None:  # GPT-2's end of text, 50256, need not be in this vocabulary
+    if config.preset is not None and kind_of(base) == "causal":  # GPT-2's end of text, 50256, need not be in this vocabulary
         values |= {key: None for key in ("bos_token_id", "eos_token_id") if key not in changes and values["vocab_size"] <= 50256}
+    if config.preset is not None and "num_decoder_layers" in values.keys() - changes.keys():
+        values["num_decoder_layers"] = None  # of a T5 then as many as num_layers
     try:
         result = type(base).from_dict(values)
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -116,30 +90,30 @@ def architecture(config: ModelConfig, vocab_size: int | None = None, context: in
     return result
 
 
-def skeleton(config: ModelConfig, vocab_size: int | None = None, context: int | None = None) -> "PreTrainedModel":
+def skeleton(
+    config: ModelConfig, vocab_size: int | None = None, context: int | None = None, kinds: Sequence[Kind] = CAUSAL
+) -> "PreTrainedModel":
     """The model without storage, on the meta device: names, shapes and ties, in a second for billions of weights."""
-    from transformers import AutoModelForCausalLM
-
-    hf_config = architecture(config, vocab_size, context)
+    hf_config = architecture(config, vocab_size, context, kinds)
     with torch.device("meta"), _as_config_error(config):
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention)
+        model = auto_class(hf_config).from_config(hf_config, attn_implementation=config.attention)
     return _finished(model)
 
 
-def build(config: ModelConfig, seed: int, vocab_size: int | None = None, context: int | None = None) -> "PreTrainedModel":
+def build(
+    config: ModelConfig, seed: int, vocab_size: int | None = None, context: int | None = None, kinds: Sequence[Kind] = CAUSAL
+) -> "PreTrainedModel":
     """The model on the CPU in float32, in training mode, ``use_cache`` off, ties kept.
 
     A preset is initialised by transformers itself from `seed`: the same weights in any process; the global random state is left
     as it was. A `path` is read. Arguments and errors otherwise as for `architecture`.
     """
-    from transformers import AutoModelForCausalLM
-
-    hf_config = architecture(config, vocab_size, context)
+    hf_config = architecture(config, vocab_size, context, kinds)
     with torch.random.fork_rng(devices=[]), _as_config_error(config):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         if config.path is None:
-            return _finished(AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention))
-        model, report = AutoModelForCausalLM.from_pretrained(
+            return _finished(auto_class(hf_config).from_config(hf_config, attn_implementation=config.attention))
+        model, report = auto_class(hf_config).from_pretrained(
             config.path,
             config=hf_config,
             attn_implementation=config.attention,
@@ -154,23 +128,6 @@ def build(config: ModelConfig, seed: int, vocab_size: int | None = None, context
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # not a view of the file: aligned (see layout), and safe if the file changes
     return _finished(model)
-
-
-def _preset_config(preset: str | None) -> "PretrainedConfig":
-    from transformers import GPT2Config
-
-    assert preset is not None
-    layers, width, heads, context = _SIZES[preset]
-    return GPT2Config(
-        n_layer=layers,
-        n_embd=width,
-        n_head=heads,
-        n_positions=context,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one pass instead of eight
-    )
 
 
 @contextmanager
@@ -198,7 +155,7 @@ def _finished(model: "PreTrainedModel") -> "PreTrainedModel":
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated blocks by module name, in order: entries of the outermost `nn.ModuleList`s whose entries are of one class.
 
-    They are what FSDP shards as a unit. GPT-2: ``transformer.h.0`` ...; T5 and Whisper: the encoder's, then the decoder's.
+    They are what FSDP shards as a unit. GPT-2: ``transformer.h.0`` ...; T5 and Whisper: the encoder's, then the decoder's, all of them.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -258,46 +215,3 @@ def _matched(model: nn.Module, patterns: Sequence[str], aliases: Sequence[tuple[
             )
         matched |= {name for name, ndim in hits if ndim == 2}
     return matched
-
-
-def flops_architecture(model: "PreTrainedModel") -> Architecture:
-    """What a causal language model multiplies, for counting FLOPs: every matrix inside its blocks, and the head.
-
-    Args:
-        model: as `skeleton` or `build` give it, not sharded.
-
-    Raises:
-        ConfigError: an encoder-decoder model, or blocks with weights that are neither `nn.Linear` nor `nn.Embedding` (mixtures of
-            experts, convolutions): their count would be a guess.
-    """
-    config, kind = model.config, type(model).__name__
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"Expected a causal language model to count FLOPs of. Got the encoder-decoder {kind}, whose two sequence "
-            "lengths the conventions do not know. Report its sparsity instead."
-        )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    linears = block_linears(model)
-    tables = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Embedding)}
-    inside = tuple(f"{name}." for name in blocks(model))
-    for name, shape in shapes.items():
-        beside = f"{name.rpartition('.')[0]}.weight" in linears  # an adapter's factors
-        if name.startswith(inside) and len(shape) > 1 and not beside and name not in tables:
-            raise ConfigError(
-                f"Expected blocks of linear layers in {kind} to count FLOPs of. Got {name} of shape {shape}. "
-                "Use a model of the GPT-2, Llama or MPT type."
-            )
-    output = model.get_output_embeddings()
-    assert isinstance(output, nn.Linear), f"{kind} has no linear head"
-    head = next(name for name, parameter in model.named_parameters() if parameter is output.weight)
-    vocab, width = output.weight.shape
-    return Architecture(
-        layers=config.num_hidden_layers,
-        width=width,
-        heads=config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab=vocab,
-        linears={name: shapes[name] for name in linears},
-        head=head,
-        lookups=frozenset(tables & shapes.keys() - {head}),
-    )

@@ -1,7 +1,7 @@
 """A trained model as a plain Hugging Face folder: transformers and its users need nothing of ours to read it.
 
 Values are stored bit for bit, zeros as zeros. ``build`` of the folder gives the logits of the model in training bit for bit. So
-does ``AutoModelForCausalLM.from_pretrained(folder)`` but for the last bit of some row counts, where transformers' memory layout
+does transformers' ``from_pretrained(folder)`` but for the last bit of some row counts, where transformers' memory layout
 makes a matrix product round otherwise (see `layout`).
 """
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from raysparse.config import ConfigError
+from raysparse.data.audio import extractor
 from raysparse.models.build import block_linears
+from raysparse.models.hub_config import Kind, auto_class, kind_of
 from raysparse.models.layout import to_hub, to_linear
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def write_folder(
         folder: must not exist, or be empty. It appears by a rename, complete.
         state: full tensors on one process, under the names and in the [out, in] layout of the model in training.
         hf_config: the model's config; it is not changed.
-        tokenizer_folder: its tokenizer files are copied as they are, its special tokens go into the generation config.
+        tokenizer_folder: its tokenizer files are copied as they are, its special tokens go into the generation config; that of an
+            encoder-decoder is its own where it has one (Whisper's names languages and tasks).
         card: facts about the run for the model card (steps, tokens, loss, FLOPs ...); mappings inside become dotted keys.
 
     Raises:
@@ -63,12 +66,14 @@ def write_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
-        counts = _write_model(partial, state, hf_config, tokenizer)
+        counts = _write_model(partial, state, hf_config, tokenizer, Path(tokenizer_folder))
+        if kind_of(hf_config) == "audio":
+            extractor(hf_config).save_pretrained(partial)
         for name in _TOKENIZER_FILES:
             if (source := Path(tokenizer_folder) / name).is_file():
                 shutil.copyfile(source, partial / name)
         (partial / "sparsity.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(folder.name, counts, card), encoding="utf-8")
+        (partial / "README.md").write_text(_card(folder.name, counts, card, kind_of(hf_config)), encoding="utf-8")
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,10 +109,10 @@ def count_zeros(stored: Mapping[str, Tensor], linears: set[str]) -> dict[str, An
 
 
 def _write_model(
-    folder: Path, state: Mapping[str, Tensor], hf_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase"
+    folder: Path, state: Mapping[str, Tensor], hf_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase", tokenizer_folder: Path
 ) -> dict[str, Any]:
     """Config, generation config and weights, by transformers itself. Returns `count_zeros` of what is stored."""
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
     config = deepcopy(hf_config)
     config.use_cache = True
@@ -115,8 +120,10 @@ def _write_model(
         if (token := getattr(tokenizer, key)) is not None:
             setattr(config, key, token)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        model = auto_class(config).from_config(config, dtype=next(iter(state.values())).dtype)
     stored = to_hub(state, model)
+    if config.is_encoder_decoder and (tokenizer_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(tokenizer_folder)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = model.generation_config.eos_token_id
     counts = count_zeros(stored, set(block_linears(to_linear(deepcopy(model)))))
@@ -144,12 +151,20 @@ def _read_tokenizer(folder: Path, hf_config: "PretrainedConfig") -> "PreTrainedT
     return tokenizer
 
 
-def _card(name: str, counts: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+_USES: dict[Kind, tuple[str, str]] = {
+    "causal": ("text-generation", "AutoModelForCausalLM"),
+    "text": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "audio": ("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
+}
+
+
+def _card(name: str, counts: Mapping[str, Any], card: Mapping[str, Any], kind: Kind) -> str:
     block, model = counts["block_linears"], counts["model"]
+    pipeline, auto = _USES[kind]
     rows = "\n".join(f"| {key} | {value} |" for key, value in _flat(card))
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [sparse, raysparse]
 # license: choose one before you publish this model
 ---
@@ -161,9 +176,9 @@ Trained with raysparse. {block["sparsity"]:.4%} of the {block["weights"]:,} weig
 tensor. The zeros are stored as zeros: any program that reads the folder sees a dense model with the same outputs.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 

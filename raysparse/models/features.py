@@ -2,20 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from raysparse.models.build import blocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class BlockOutputs:
-    """Of one model. Install it before the model is compiled or sharded."""
+    """Of one model. Install it before the model is compiled or sharded.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        num_encoder: blocks of an encoder, which come first; 0 where there is none.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
         self._found: list[Tensor] | None = None
-        for block in blocks(model).values():
+        found = blocks(model)
+        inside = {id(module) for module in model.get_encoder().modules()} if model.config.is_encoder_decoder else set()
+        self.num_encoder = sum(id(block) in inside for block in found.values())
+        for block in found.values():
             block.register_forward_hook(self._note)
 
     @contextmanager

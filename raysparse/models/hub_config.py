@@ -1,10 +1,10 @@
 """Hugging Face configs: read from a model that somebody else wrote, and changed by a user, with every refusal explained."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysparse.config import ConfigError
 
@@ -12,15 +12,58 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+Kind = Literal["causal", "text", "audio"]
+"""What a model reads before it answers: nothing but the beginning of the text; by an encoder a text, or audio."""
+CAUSAL: tuple[Kind, ...] = ("causal",)
+ANY_KIND: tuple[Kind, ...] = ("causal", "text", "audio")
+
+_ENCODERS: dict[str, Kind] = {"t5": "text", "mt5": "text", "whisper": "audio"}
+_POSITIONS = {
+    "causal": ("max_position_embeddings", "max_seq_len", "n_positions"),
+    "text": (),  # T5's are relative
+    "audio": ("max_target_positions",),
+}
+_CALLED = {
+    "causal": "a causal language model (a decoder-only model with a language-model head)",
+    "text": "an encoder-decoder of the T5 type",
+    "audio": "a Whisper model",
+}
+
+
+def kind_of(hf_config: "PretrainedConfig") -> Kind:
+    """Of a config that `read_config` lets pass."""
+    return _ENCODERS.get(hf_config.model_type, "causal")
+
+
+def check_kind(hf_config: "PretrainedConfig", kinds: Sequence[Kind], where: str) -> None:
+    """A `ConfigError` for a model that a verb or a task cannot work with."""
+    if kind_of(hf_config) not in kinds:
+        wanted = " or ".join(_CALLED[kind] for kind in kinds)
+        raise ConfigError(f"Expected {wanted}. Got {_CALLED[kind_of(hf_config)]} at {where}. Use another model, or another verb or task.")
+
+
+def auto_class(hf_config: "PretrainedConfig") -> Any:
+    """transformers' class that makes the model of a config."""
+    import transformers
+
+    names = {"causal": "AutoModelForCausalLM", "text": "AutoModelForSeq2SeqLM", "audio": "AutoModelForSpeechSeq2Seq"}
+    return getattr(transformers, names[kind_of(hf_config)])
+
+
+def position_key(hf_config: "PretrainedConfig") -> str | None:
+    """The field that bounds the tokens of a sequence, of an encoder-decoder what the decoder reads; None where nothing does."""
+    return next((hf_config.attribute_map.get(key, key) for key in _POSITIONS[kind_of(hf_config)] if hasattr(hf_config, key)), None)
+
+
 def read_config(path: str) -> "PretrainedConfig":
-    """The config of a causal language model, from a local folder (whose weight files are checked too) or the hub.
+    """The config of a causal language model, a T5 or a Whisper, from a local folder (whose weight files are checked too) or the hub.
 
     Raises:
-        ConfigError: no such model, a damaged one, or one that is not a causal language model.
+        ConfigError: no such model, a damaged one, or one of another kind.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     folder = Path(path)
     if not folder.is_dir() and (folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -33,12 +76,18 @@ def read_config(path: str) -> "PretrainedConfig":
         raise ConfigError(
             f"Expected a model in Hugging Face format at model.path {path}. Got: {error} Give a local folder or a hub name."
         ) from None
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    mappings = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "text": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "audio": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    }
+    kind = kind_of(hf_config)
+    name = mappings[kind].get(hf_config.model_type)
     claimed = hf_config.architectures or [name]
-    if name is None or hf_config.is_encoder_decoder or name not in claimed:
+    if name is None or hf_config.is_encoder_decoder != (kind != "causal") or name not in claimed:
         raise ConfigError(
-            f"Expected a causal language model at model.path {path}. Got {', '.join(map(str, claimed))} "
-            f"(model_type {hf_config.model_type}). Use a decoder-only model with a language-model head."
+            f"Expected a causal language model, a T5 or a Whisper at model.path {path}. Got {', '.join(map(str, claimed))} "
+            f"(model_type {hf_config.model_type}). Use a decoder-only model with a language-model head, or one of these."
         )
     if folder.is_dir():
         _check_weight_files(folder)

@@ -17,12 +17,14 @@ from pydantic import Field
 from tqdm import tqdm
 
 from raysparse.config import Config, ConfigError
-from raysparse.data.pairs import PairRows, encode_prompts
+from raysparse.data import audio
 from raysparse.losses import cross_entropy_sum
 from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
+from raysparse.models.hub_config import CAUSAL
 from raysparse.recipes.environment import write_environment
 from raysparse.recipes.job import Job, check_folder, open_job, runs_in, write_atomically
+from raysparse.recipes.reading import Reader, kinds_for
 from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
@@ -35,6 +37,10 @@ PREDICTIONS = "predictions.jsonl"
 """One line an example: its source, the model's answer, the references, the baseline's answer. Anyone can rescore it."""
 
 
+AUDIO = "audio"
+"""Among stored examples: split -> folder of its recordings."""
+
+
 class EvaluationConfig(Config):
     """Which examples are scored."""
 
@@ -45,13 +51,15 @@ class EvaluationConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`raysparse evaluate`: any causal language model (`model.path`: an exported folder, a hub name or a run) on a task."""
+    """`raysparse evaluate`: a causal language model, T5 or Whisper (`model.path`: an exported folder, a hub name or a run) on a task."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
     task: AnyTask
     context: int = Field(256, ge=8)
-    """Tokens of the longest prompt and answer together; longer prompts are cut."""
+    """Tokens of the longest prompt and answer together; longer prompts are cut. Of an encoder-decoder: of the longest answer."""
+    source_context: int = Field(256, ge=8)
+    """Of an encoder-decoder that reads text: tokens of the longest source; longer ones are cut."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     weights: Literal["dense", "packed"] = "dense"
@@ -70,11 +78,15 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(f"Expected weights=packed for {folder}. Got weights=dense, and a packed model. Add weights=packed.")
     if config.weights == "packed" and resolve_device(config.run) != "cpu":
         raise ConfigError("Expected run.device=cpu with weights=packed. Got a GPU. Add run.device=cpu, or drop weights=packed.")
+    hf_config = None
     if not packed.is_packed(folder):
-        architecture(ModelConfig(path=folder), len(tokenizer), config.context)
-    check_scores(config.task, tokenizer, config.context, config.generation, config.evaluation)
-    examples = str(store_examples(config.task, config.cache_dir, (config.evaluation.split,)))
-    return {"examples": examples, "model": folder, "content": {"examples": Path(examples).stem, "model": weights_digest(folder)}}
+        kinds = kinds_for(config.task) if config.weights == "dense" else CAUSAL
+        hf_config = architecture(ModelConfig(path=folder), len(tokenizer), config.context, kinds)
+    check_task(config.task)
+    examples = store_examples(config.task, config.cache_dir, (config.evaluation.split,))
+    reader = Reader(hf_config, tokenizer, config.task, config.context, config.source_context)
+    check_scores(reader, load_examples(examples)[config.evaluation.split], config.generation)
+    return {"examples": str(examples), "model": folder, "content": {"examples": examples.stem, "model": weights_digest(folder)}}
 
 
 def open_run(config: EvaluateConfig) -> Job:
@@ -97,7 +109,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     examples = load_examples(Path(job.prepared["examples"]))[config.evaluation.split]
     scores = score_model(
         job.prepared["model"], job.path, config.task, examples, config.context, config.generation, config.evaluation, run, device,
-        config.weights,
+        config.weights, config.source_context,
     )  # fmt: skip
     summary = header(job, config, run) | {"model": {"path": job.prepared["model"]}, "task": scores}
     summary |= {"seconds": time.perf_counter() - began}
@@ -106,7 +118,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
 
 def score_model(
     model_folder: str | Path, out: Path, task: Any, examples: list[Example], context: int, generation: GenerationConfig,
-    evaluation: EvaluationConfig, run: Run, device: str, weights: Literal["dense", "packed"] = "dense",
+    evaluation: EvaluationConfig, run: Run, device: str, weights: Literal["dense", "packed"] = "dense", source_context: int = 256,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`."""
     examples = examples[: evaluation.max_examples]
@@ -114,27 +126,28 @@ def score_model(
     if packed.is_packed(model_folder):
         model = packed.load(model_folder)
     else:
-        model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context)
+        model = build(ModelConfig(path=str(model_folder)), 0, len(tokenizer), context, kinds_for(task))
         if weights == "packed":
             model = packed.pack(model, "float32")
     model.to(device)  # pyrefly: ignore
+    reader = Reader(model.config, tokenizer, task, context, source_context)
     result: dict[str, Any] = {"name": task.type, "primary": task.primary, "split": evaluation.split, "num_examples": len(examples)}
     result |= {"remark": task.told, "missing": missing(task.metrics), "scores": {}, "baseline": {}, "subsets": {}}
     if "perplexity" in task.metrics:
-        result["scores"]["perplexity"] = perplexity(model, tokenizer, task, examples, context, generation.batch_size, run)
+        result["scores"]["perplexity"] = perplexity(model, reader, examples, generation.batch_size, run)
     if any(name in METRICS for name in task.metrics):
-        answer_and_score(model, tokenizer, task, examples, context, generation, run, out, result)
+        answer_and_score(model, reader, examples, generation, run, out, result)
     result["scores"] = {name: result["scores"][name] for name in task.metrics if name in result["scores"]}
     return result
 
 
 def answer_and_score(
-    model: Any, tokenizer: Any, task: Any, examples: list[Example], context: int, generation: GenerationConfig, run: Run, out: Path,
-    result: dict[str, Any],
+    model: Any, reader: Reader, examples: list[Example], generation: GenerationConfig, run: Run, out: Path, result: dict[str, Any],
 ) -> None:  # fmt: skip
     """Fill `result` with the scores of the model's answers and of the baseline's. Every rank calls this, the first one scores."""
     model.config.use_cache = True
-    prompts = encode_prompts(examples, tokenizer, task, context, generation.max_new_tokens)
+    task, tokenizer = reader.task, reader.tokenizer
+    prompts = reader.prompts(examples, generation.max_new_tokens)
     began = time.perf_counter()
     answers = generate(model, tokenizer, prompts, generation, run.rank, run.world_size, run.rank == 0)
     parts: list[Any] = [None] * run.world_size
@@ -162,28 +175,34 @@ def answer_and_score(
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokenizer: Any, task: Any, examples: list[Example], context: int, batch_size: int, run: Run) -> float:
+def perplexity(model: Any, reader: Reader, examples: list[Example], batch_size: int, run: Run) -> float:
     """exp of the mean loss of all tokens of all references, end of text included, as training predicts them. Every rank calls this."""
-    rows = PairRows.encode(examples, tokenizer, task, context)
-    order = np.argsort(-np.diff(rows.first), kind="stable")
+    rows = reader.rows(examples)
+    order = np.argsort(-rows.sizes, kind="stable")
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     mine = range(run.rank, len(batches), run.world_size)
     for number in tqdm(mine, desc="perplexity", disable=None if run.rank == 0 else True):
-        batch = rows.batch(batches[number], batches[number])
-        logits = model(input_ids=batch.input_ids.to(model.device)).logits
-        total += torch.tensor([float(cross_entropy_sum(logits, batch.labels.to(model.device))), batch.num_targets], dtype=torch.float64)
+        batch = rows.batch(batches[number], batches[number]).to(model.device)
+        loss = cross_entropy_sum(model(**batch.inputs).logits, batch.labels)
+        total += torch.tensor([float(loss), batch.num_targets], dtype=torch.float64)
     parts: list[Any] = [None] * run.world_size
     dist.all_gather_object(parts, total)
     loss, num_targets = torch.stack(parts).sum(0).tolist()
     return math.exp(min(700.0, loss / num_targets))
 
 
-def check_scores(task: Any, tokenizer: Any, context: int, generation: GenerationConfig, evaluation: EvaluationConfig) -> None:
-    """Raise a `ConfigError` for what would only show when the model answers."""
+def check_task(task: Any) -> None:
+    """Raise a `ConfigError` for what this machine lacks to read a task and to score it."""
     task.check_metrics()
-    encode_prompts(examples_of(task, evaluation.split)[:1], tokenizer, task, context, generation.max_new_tokens)
+    if task.hears:
+        audio.check_packages(task.resample)
+
+
+def check_scores(reader: Reader, examples: list[Example], generation: GenerationConfig) -> None:
+    """Raise a `ConfigError` for what would only show when the model answers."""
+    reader.prompts(examples if reader.task.hears else examples[:1], generation.max_new_tokens)
 
 
 def model_folder(path: str) -> str:
@@ -229,10 +248,14 @@ def examples_of(task: Any, split: Split) -> list[Example]:
 
 
 def store_examples(task: Any, cache_dir: str, splits: Sequence[Split] = get_args(Split)) -> Path:
-    """Write the examples where the workers read them, under a name that is a hash of their content."""
-    rows = {split: [[e.source, e.references, e.subset] for e in examples_of(task, split)] for split in splits}
+    """Write the examples, recordings too, where the workers read them, under a name that is a hash of their content."""
+    rows: dict[str, Any] = {split: [[e.source, e.references, e.subset] for e in examples_of(task, split)] for split in splits}
+    cache = Path(cache_dir).expanduser().absolute()
+    if task.hears:
+        clips = {split: (task.clips(split, len(found)), task.clips(split, len(found))) for split, found in rows.items()}
+        rows[AUDIO] = {split: audio.store(*pair, task.resample, cache).name for split, pair in clips.items()}
     text = json.dumps(rows)
-    file = Path(cache_dir).expanduser().absolute() / "examples" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    file = cache / "examples" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
@@ -242,5 +265,12 @@ def store_examples(task: Any, cache_dir: str, splits: Sequence[Split] = get_args
 def load_examples(file: Path) -> dict[Split, list[Example]]:
     if not file.exists():
         raise ConfigError(f"Expected prepared examples at {file}. Got none on this machine. Put the cache on storage that all nodes share.")
-    stored = json.loads(file.read_text()).items()
-    return {split: [Example(source, tuple(references), subset) for source, references, subset in rows] for split, rows in stored}
+    stored = json.loads(file.read_text())
+    heard = {split: audio.load(file.parent.parent / "audio" / name) for split, name in stored.pop(AUDIO, {}).items()}
+    return {
+        split: [
+            Example(source, tuple(references), subset, heard[split][number] if heard else None)
+            for number, (source, references, subset) in enumerate(rows)
+        ]
+        for split, rows in stored.items()
+    }

@@ -111,7 +111,7 @@ def write_model(
     tokenizer: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write what ``AutoModelForCausalLM.from_pretrained`` loads, and ``masks.safetensors`` where the model is sparse.
+    """Write what transformers' ``from_pretrained`` loads, and ``masks.safetensors`` where the model is sparse.
 
     Args:
         weights: name -> whole float32 tensor, [out, in].

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError
-from raysparse.data.pairs import PairFeed, PairRows, PairValidation
+from raysparse.data.pairs import PairFeed, PairValidation
+from raysparse.data.tokenizer import AnyTokenizer
 from raysparse.kernels.bits import unpack
 from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
 from raysparse.models.build import ModelConfig, architecture, block_linears, build, skeleton
@@ -22,6 +23,7 @@ from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
+from raysparse.recipes.reading import Reader, from_scratch, kinds_for, new_tokenizer
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
@@ -46,11 +48,15 @@ class HandOverConfig(Config):
 
 
 class FinetuneConfig(training.TrainingRunConfig):
-    """`raysparse finetune`: a pre-trained model (`model.path`: an exported folder or a run) on a task."""
+    """`raysparse finetune`: a pre-trained model (`model.path`: an exported folder or a run) on a task, or one from scratch."""
 
     task: AnyTask
+    tokenizer: AnyTokenizer | None = None
+    """Of a model.preset, whose weights are random: {type: train} on the task's texts, or {type: pretrained, path: FOLDER}."""
     context: int = Field(256, ge=8)
-    """Tokens of the longest prompt and answer together; longer prompts are cut and counted."""
+    """Tokens of the longest prompt and answer together; longer prompts are cut and counted. Encoder-decoders: of the longest answer."""
+    source_context: int = Field(256, ge=8)
+    """Of an encoder-decoder that reads text: tokens of the longest source; longer ones are cut and counted."""
     window: int = Field(16, ge=1)
     """Batches whose pairs are sorted by length together, so that pairs of similar length share a batch; 1 sorts nothing."""
     sparsity: HandOverConfig = HandOverConfig()
@@ -69,6 +75,17 @@ class FinetuneConfig(training.TrainingRunConfig):
     """Dotted keys -> values, of which ``--grid`` runs every combination: ``{optimizer.lr: [1e-4, 5e-5]}``; else nothing reads this."""
     cache_dir: str = "~/.cache/raysparse"
     """Where the examples are kept for the workers; with several nodes, on storage they all share."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if self.model.path is not None and self.tokenizer is not None:
+            raise ValueError("Expected the tokenizer of model.path, which comes with it. Got tokenizer besides. Drop one of the two")
+        if self.model.preset is not None and self.tokenizer is None:
+            raise ValueError(
+                "Expected model.path for fine-tuning: a Hugging Face folder, a hub name or a finished run. Got a preset, that is random "
+                "weights. Use model.path=runs/spdf_gpt2_small, or train from scratch: add tokenizer={type: train, vocab_size: 4096}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_combine(self) -> Self:
@@ -99,52 +116,91 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
         tokenizer_folder: of a model that an earlier stage of the same group will have trained by then.
     """
     training.check_sizes(config)
-    pending = tokenizer_folder is not None
-    if not pending:
-        config = with_model_folder(config)
-        _check_model(config)
-        tokenizer_folder = config.model.path
-    assert tokenizer_folder is not None
+    evaluate.check_task(config.task)
+    pending, hf_config = tokenizer_folder is not None, None
+    if tokenizer_folder is None:
+        config, tokenizer_folder = with_model(config)
+        hf_config = _check_model(config, evaluate.load_tokenizer(tokenizer_folder))
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
-    evaluate.check_scores(config.task, tokenizer, config.context, config.generation, config.evaluation)
-    rows = PairRows.encode(evaluate.examples_of(config.task, "train"), tokenizer, config.task, config.context)
+    examples = evaluate.store_examples(config.task, config.cache_dir)
+    splits = evaluate.load_examples(examples)
+    reader = reader_of(config, tokenizer, hf_config)
+    evaluate.check_scores(reader, splits[config.evaluation.split], config.generation)
+    rows = reader.rows(splits["train"])
+    reader.rows(splits["validation"])
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
     taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer_folder)}
-    examples = str(evaluate.store_examples(config.task, config.cache_dir))
-    weights = "of an earlier stage" if pending else evaluate.weights_digest(tokenizer_folder)
+    weights = f"from scratch, tokenizer {Path(tokenizer_folder).name}"
+    if config.model.path is not None:
+        weights = "of an earlier stage" if pending else evaluate.weights_digest(config.model.path)
     return {
-        "examples": examples,
-        "content": {"examples": Path(examples).stem, "model": weights} | taught,
+        "examples": str(examples),
+        "tokenizer": tokenizer_folder,
+        "content": {"examples": examples.stem, "model": weights} | taught,
         "num_pairs": len(rows),
         "num_truncated": rows.num_truncated,
         "num_truncated_targets": rows.num_truncated_targets,
     }
 
 
-def _check_model(config: FinetuneConfig) -> None:
-    """A model folder that fits the task, with masks if they are to be kept."""
-    assert config.model.path is not None
-    folder = Path(config.model.path)
-    model = skeleton(config.model, len(evaluate.load_tokenizer(folder)), config.context)
-    if config.sparsity.masks == "keep" and not (folder / MASKS).exists():
+def reader_of(config: FinetuneConfig, tokenizer: Any, hf_config: Any) -> Reader:
+    return Reader(hf_config, tokenizer, config.task, config.context, config.source_context)
+
+
+def with_model(config: FinetuneConfig) -> tuple[FinetuneConfig, str]:
+    """What `model` means, and the folder of its tokenizer: `path` may name a run, whose exported model is meant; a preset takes the special
+    tokens of the tokenizer that is given or trained."""
+    if config.model.path is None:
+        assert config.tokenizer is not None
+        examples = evaluate.examples_of(config.task, "train")
+        folder = new_tokenizer(config.tokenizer, config.task, examples, Path(config.cache_dir).expanduser().absolute())
+        return config.model_copy(update={"model": from_scratch(config.model, evaluate.load_tokenizer(folder))}), folder
+    path = evaluate.model_folder(config.model.path)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})}), path
+
+
+def model_skeleton(config: FinetuneConfig) -> Any:
+    """The model that will be trained, without storage, or a `ConfigError` if it cannot do the task."""
+    config, folder = with_model(config)
+    return skeleton(config.model, len(evaluate.load_tokenizer(folder)), config.context, kinds_for(config.task))
+
+
+def _check_model(config: FinetuneConfig, tokenizer: Any) -> Any:
+    """The config of a model that fits the task, with masks if they are to be kept; of a config `with_model`."""
+    model = skeleton(config.model, len(tokenizer), config.context, kinds_for(config.task))
+    if config.sparsity.masks == "keep" and _masks(config) is None:
         raise ConfigError(
-            f"Expected {MASKS} in {folder} for sparsity.masks=keep. Got none: the model is dense, or not from raysparse. "
-            "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
+            f"Expected {MASKS} in {config.model.path or f'preset {config.model.preset}'} for sparsity.masks=keep. Got none: the model is "
+            "dense, or not from raysparse. Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
+        )
+    drawn = ("apply_spec_augment", "encoder_layerdrop", "decoder_layerdrop")
+    if found := {key: value for key in drawn if (value := getattr(model.config, key, 0))}:
+        raise ConfigError(
+            f"Expected a model that leaves nothing out at random but by dropout: workers would draw differently. Got {found}. "
+            f"Set model.overrides={{{', '.join(f'{key}: 0' if 'drop' in key else f'{key}: false' for key in found)}}}."
         )
     adapt(model, config.adapters, config.run.seed)
+    return model.config
+
+
+def _masks(config: FinetuneConfig) -> Path | None:
+    """The masks that come with a model."""
+    file = Path(config.model.path or "") / MASKS
+    return file if config.model.path is not None and file.exists() else None
 
 
 def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
     """The digest of a teacher whose blocks, vocabulary and tokenizer are the student's."""
     folder = evaluate.model_folder(distillation.teacher)
-    tokenizer = evaluate.load_tokenizer(tokenizer_folder)
-    mine = architecture(config.model, len(tokenizer), config.context)
-    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context)
-    keys = [key for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size") if getattr(mine, key) != getattr(its, key)]
+    tokenizer, kinds = evaluate.load_tokenizer(tokenizer_folder), kinds_for(config.task)
+    mine = architecture(config.model, len(tokenizer), config.context, kinds)
+    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds)
+    keys = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size", "max_source_positions")
+    keys = [key for key in keys if getattr(mine, key, None) != getattr(its, key, None)]
     if keys:
         raise ConfigError(
             f"Expected a teacher of the student's architecture in distillation.teacher={distillation.teacher}. "
-            f"Got {', '.join(f'{key} {getattr(its, key)} instead of {getattr(mine, key)}' for key in keys)}. "
+            f"Got {', '.join(f'{key} {getattr(its, key, None)} instead of {getattr(mine, key, None)}' for key in keys)}. "
             "Take the dense model that the student was pruned from, fine-tuned on the task."
         )
     if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
@@ -173,51 +229,52 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
 
 def work(job: Job, run: Run) -> dict[str, Any]:
     """Fine-tune, export and score on this rank; returns the run's summary."""
-    config = with_model_folder(FinetuneConfig.check(job.config))
-    assert config.model.path is not None
-    folder, task = Path(config.model.path), config.task
-    tokenizer = evaluate.load_tokenizer(folder)
+    config, tokenizer_folder = _as_prepared(FinetuneConfig.check(job.config), job.prepared["tokenizer"])
+    task, masks = config.task, _masks(config)
+    tokenizer = evaluate.load_tokenizer(tokenizer_folder)
     splits = evaluate.load_examples(Path(job.prepared["examples"]))
-    model = build(config.model, config.run.seed, len(tokenizer), config.context)
-    sparse = _keys(folder / MASKS) if (folder / MASKS).exists() else block_linears(model)
-    device, keep = resolve_device(config.run), config.sparsity.masks == "keep"
-    size = min(config.training.validation_sequences, sum(len(example.references) for example in splits["validation"]))
-    feed = PairFeed(splits["train"], tokenizer, task, config.context, config.training.sequences, config.run.seed, config.window)
+    model = build(config.model, config.run.seed, len(tokenizer), config.context, kinds_for(task))
+    reader = reader_of(config, tokenizer, model.config)
+    sparse = block_linears(model) if masks is None else _keys(masks)
+    device, keep = resolve_device(config.run), masks if config.sparsity.masks == "keep" else None
+    held_out = reader.rows(splits["validation"])
+    size = min(config.training.validation_sequences, len(held_out))
+    feed = PairFeed(reader.rows(splits["train"]), config.training.sequences, config.run.seed, config.window)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in sparse}
     tokens_per_step = config.training.sequences * config.context
     agenda = Agenda(
-        sparsity=SparsityConfig(masks=str(folder / MASKS) if keep else None),
+        sparsity=SparsityConfig(masks=None if keep is None else str(keep)),
         shapes=shapes,
         steps=training.pace(config, tokens_per_step, feed.steps_per_epoch).steps,
         tokens_per_step=tokens_per_step,
         seed=config.run.seed,
-        nnz=nnz_of_bits(read_masks(str(folder / MASKS), folder)) if keep else {},
+        nnz={} if keep is None else nnz_of_bits(read_masks(str(keep), keep.parent)),
     )
     parts = training.Ingredients(
         model=model,
         sparse=shapes,
-        target=None if keep else 0.0,
+        target=0.0 if keep is None else None,
         agenda=agenda,
-        topology=(lambda sharded: load_masks(folder / MASKS, sharded, device)) if keep else None,
+        topology=None if keep is None else (lambda sharded: load_masks(keep, sharded, device)),
         feed=feed,
-        validation=PairValidation(splits["validation"], tokenizer, task, config.context, size),
+        validation=PairValidation(held_out, size),
         num_validation=size,
         tokens_per_sequence=config.context,
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
         adapters=config.adapters,
         distillation=(taught := config.distillation),
-        teacher=taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context),
+        teacher=taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context, kinds_for(task)),
     )
-    parent = folder.parent / "summary.json"
+    parent = None if config.model.path is None else Path(config.model.path).parent / "summary.json"
     facts = {
-        "parent": json.loads(parent.read_text())["name"] if parent.exists() else None,
+        "parent": json.loads(parent.read_text())["name"] if parent is not None and parent.exists() else None,
         "data": {key: job.prepared[key] for key in ("num_pairs", "num_truncated", "num_truncated_targets")},
     }
     judge = None
     if config.validate_by == "metric" and task.primary != "perplexity":
-        judge = _judge(job, config, run, parts, splits["validation"], str(folder), device)
-    summary = training.carry_out(job, config, run, parts, facts, str(folder), judge)
+        judge = _judge(job, config, run, parts, splits["validation"], tokenizer_folder, device)
+    summary = training.carry_out(job, config, run, parts, facts, tokenizer_folder, judge)
     scores = evaluate.score_model(
         job.path / "export",
         job.path,
@@ -228,6 +285,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         config.evaluation,
         run,
         device,
+        source_context=config.source_context,
     )
     return training.finish(job, run, summary | {"task": scores})
 
@@ -246,22 +304,20 @@ def _judge(
             shutil.rmtree(place, ignore_errors=True)
             write_model(place, merge(weights, parts.adapters), masks, parts.model.config, tokenizer, {"run": job.path.name})
         dist.barrier()
-        told = evaluate.score_model(place, place, task, examples, config.context, config.generation, which, run, device)
+        told = evaluate.score_model(
+            place, place, task, examples, config.context, config.generation, which, run, device, source_context=config.source_context
+        )
         score = told["scores"][name]
         return Judged(name, score, score if name in LOWER_IS_BETTER else -score)
 
     return judge
 
 
-def with_model_folder(config: FinetuneConfig) -> FinetuneConfig:
-    """`model.path` may name a run: its exported model is meant."""
-    if config.model.path is None:
-        raise ConfigError(
-            "Expected model.path for fine-tuning: a Hugging Face folder, a hub name or a finished run. Got a preset, that is "
-            "random weights. Example: model.path=runs/spdf_gpt2_small"
-        )
-    path = evaluate.model_folder(config.model.path)
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+def _as_prepared(config: FinetuneConfig, tokenizer_folder: str) -> tuple[FinetuneConfig, str]:
+    """`with_model`, after the driver has made the tokenizer."""
+    if config.model.path is not None:
+        return with_model(config)
+    return config.model_copy(update={"model": from_scratch(config.model, evaluate.load_tokenizer(tokenizer_folder))}), tokenizer_folder
 
 
 def load_masks(file: Path, sharded: Sharded, device: str) -> Topology:

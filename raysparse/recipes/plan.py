@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from raysparse.models.build import blocks, flops_architecture, skeleton
+from raysparse.models.build import blocks, skeleton
+from raysparse.models.multiplied import flops_architecture
 from raysparse.recipes import training
 from raysparse.recipes.masks import nnz_of_bits
 from raysparse.recipes.pretrain import PretrainConfig, agenda_of, given_masks

@@ -18,8 +18,9 @@ from raysparse.data.batch import Batch, Feed
 from raysparse.kernels.bits import pack
 from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, merge, needs_no_gradient
 from raysparse.models.attention import HybridAttention
-from raysparse.models.build import ModelConfig, blocks, flops_architecture
+from raysparse.models.build import ModelConfig, blocks
 from raysparse.models.features import BlockOutputs
+from raysparse.models.multiplied import flops_architecture
 from raysparse.recipes.environment import versions, write_environment
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
@@ -210,7 +211,7 @@ def make_objective(config: TrainingRunConfig, parts: Ingredients, sharded: Shard
     """
 
     def forward(batch: Batch) -> Tensor:
-        return sharded.module(input_ids=batch.input_ids).logits
+        return sharded.module(**batch.inputs).logits
 
     smoothing = config.training.label_smoothing
     if parts.distillation is None or outputs is None:

@@ -9,9 +9,15 @@ multiply-add, attention over the full T x T square (no causal discount)::
     softmax    3 * L * h * T^2        convention "spdf" only
 
 Training costs 3 forwards (the backward computes two gradients of the same size). Lookups (embeddings) are free; norms, biases
-and activations are left out. Convention "spdf" reproduces the tables of SPDF (arXiv:2303.10464, supplement), which follow
-Chinchilla's appendix F (arXiv:2203.15556) less the embedding lookup. Convention "palm" is 6 N + 12 L h e T a token with N the
-matrices and the head (PaLM, arXiv:2204.02311, appendix B), the count of MST's code.
+and activations are left out.
+
+With an encoder that gives S positions, T being the decoder's tokens: its matrices, and those that make keys and values of what it
+gave, see S tokens, all others T; scores are S x S in each of its layers, T x T and T x S in each of the decoder's. Whisper's two
+convolutions, which turn a spectrogram into half as many positions, are left out like norms.
+
+Convention "spdf" reproduces the tables of SPDF (arXiv:2303.10464, supplement), which follow Chinchilla's appendix F
+(arXiv:2203.15556) less the embedding lookup. Convention "palm" is 6 N + 12 L h e T a token with N the matrices and the head (PaLM,
+arXiv:2204.02311, appendix B), the count of MST's code.
 """
 
 from collections.abc import Mapping
@@ -27,8 +33,25 @@ Live = Mapping[str, int] | float
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """What a model multiplies by what it reads before it answers.
+
+    Attributes:
+        sees: names, among the `Architecture.linears`, of the matrices that see a source position once: the encoder's own, and the keys and
+            values of the decoder's attention to it.
+        stride: tokens or frames of the source that make a position.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    sees: frozenset[str]
+    stride: int = 1
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What a decoder-only model multiplies.
+    """What a model multiplies; layers and heads are the decoder's.
 
     Attributes:
         linears: parameter name -> [rows, cols] of every matrix inside the blocks, sparse or not.
@@ -48,6 +71,7 @@ class Architecture:
     head_counted: bool = True
     head_sparse: bool = False
     lookups: frozenset[str] = frozenset()
+    encoder: Encoder | None = None
 
 
 @dataclass(frozen=True)
@@ -74,22 +98,31 @@ class Flops:
         return Flops(self.convention, *scaled)
 
 
-def forward_flops(arch: Architecture, live: Live, length: int, convention: Convention, attention_density: float = 1.0) -> Flops:
+def forward_flops(
+    arch: Architecture, live: Live, length: int, convention: Convention, attention_density: float = 1.0, source: int = 0
+) -> Flops:
     """One forward pass over one sequence of `length` tokens.
 
     Args:
         attention_density: share of the `length` x `length` attention scores that is computed.
+        source: tokens or frames that an encoder reads of it.
 
     Raises:
         ValueError: `live` names a weight that the architecture does not have, or more live weights than it holds.
     """
-    linears, head = _live_weights(arch, live)
+    linears, of_source, head = _live_weights(arch, live)
     scores = arch.layers * arch.heads * length**2 * attention_density
+    attention, positions = 4.0 * arch.head_dim * scores, 0
+    if (encoder := arch.encoder) is not None:
+        positions = -(-source // encoder.stride)
+        within, across = encoder.layers * encoder.heads * positions**2, arch.layers * arch.heads * length * positions
+        attention += 4.0 * (encoder.head_dim * within + arch.head_dim * across)
+        scores += within + across
     return Flops(
         convention,
-        linears=2.0 * linears * length,
+        linears=2.0 * linears * length + 2.0 * of_source * positions,
         head=2.0 * head * length if arch.head_counted else 0.0,
-        attention=4.0 * arch.head_dim * scores,
+        attention=attention,
         softmax=3.0 * scores if convention == "spdf" else 0.0,
     )
 
@@ -101,22 +134,26 @@ def training_flops(
     context: int,
     convention: Convention,
     attention_density: float = 1.0,
+    source: int = 0,
 ) -> Flops:
     """Forward and backward over `tokens` tokens in sequences of `context`: a step, or a whole run of fixed sparsity.
+
+    Args:
+        source: tokens or frames that an encoder reads of each sequence.
 
     Raises:
         ValueError: as `forward_flops`.
     """
-    return forward_flops(arch, live, context, convention, attention_density) * (3 * tokens / context)
+    return forward_flops(arch, live, context, convention, attention_density, source) * (3 * tokens / context)
 
 
-def growth_flops(arch: Architecture, live: Live, tokens: float, context: int, convention: Convention) -> Flops:
+def growth_flops(arch: Architecture, live: Live, tokens: float, context: int, convention: Convention, source: int = 0) -> Flops:
     """What one step's gradient of the dead weights costs beside `training_flops`: one of the two backward products, dense there.
 
     Raises:
         ValueError: as `forward_flops`.
     """
-    dense, sparse = (forward_flops(arch, weights, context, convention) for weights in ({}, live))
+    dense, sparse = (forward_flops(arch, weights, context, convention, source=source) for weights in ({}, live))
     extra = Flops(convention, linears=dense.linears - sparse.linears, head=dense.head - sparse.head)
     return extra * (tokens / context)
 
@@ -237,14 +274,16 @@ class Ledger:
         return ledger
 
 
-def _live_weights(arch: Architecture, live: Live) -> tuple[float, float]:
-    """Live weights of all linears, and of the head."""
-    size = sum(map(prod, arch.linears.values()))
+def _live_weights(arch: Architecture, live: Live) -> tuple[float, float, float]:
+    """Live weights of the linears that see the tokens, of those that see the source, and of the head."""
+    sees = frozenset() if arch.encoder is None else arch.encoder.sees
+    of_source = sum(prod(shape) for name, shape in arch.linears.items() if name in sees)
+    size = sum(map(prod, arch.linears.values())) - of_source
     head = arch.vocab * arch.width
     if not isinstance(live, Mapping):
         if not 0 <= live <= 1:
             raise ValueError(f"Expected a density in [0, 1]. Got {live}. Pass 1 - sparsity, or live counts by name.")
-        return live * size, (live if arch.head_sparse else 1.0) * head
+        return live * size, live * of_source, (live if arch.head_sparse else 1.0) * head
     whole = {**{name: prod(shape) for name, shape in arch.linears.items()}, arch.head: head}
     for name, count in live.items():
         if name in arch.lookups:
@@ -254,4 +293,6 @@ def _live_weights(arch: Architecture, live: Live) -> tuple[float, float]:
                 f"Expected live counts of the weights that the model multiplies, such as {next(iter(whole))}. "
                 f"Got {count} for {name!r}, which holds {whole.get(name, 'no weights here')}. Use the parameter names."
             )
-    return sum(live.get(name, whole[name]) for name in arch.linears), live.get(arch.head, head)
+    counts = {name: live.get(name, whole[name]) for name in arch.linears}
+    seen = sum(count for name, count in counts.items() if name in sees)
+    return sum(counts.values()) - seen, seen, live.get(arch.head, head)

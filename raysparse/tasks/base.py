@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from raysparse.config import Config, ConfigError
@@ -17,16 +19,22 @@ class Example:
     """One source and its references, at least one; in training each reference is a pair of its own.
 
     Attributes:
+        source: a text; of a recording, where it stands.
         subset: part of the split that is scored on its own too; "" where a task has no parts.
+        audio: [samples] float32 at `data.audio.RATE`; None of a text, and of a recording that is not loaded.
     """
 
     source: str
     references: tuple[str, ...]
     subset: str = ""
+    audio: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
 
 class Task(Config, ABC):
     """What a model is fine-tuned on."""
+
+    hears: ClassVar[bool] = False
+    """Whether sources are recordings."""
 
     separator: str | None = "\n=> "
     """Text between the prompt and the answer; it survives when a long prompt is cut. May be a special token of the tokenizer; null: its
@@ -55,6 +63,11 @@ class Task(Config, ABC):
     @property
     def primary(self) -> MetricName:
         return self.metrics[0]
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens that every answer of an encoder-decoder begins with; not part of what is scored."""
+        return ()
 
     @property
     def told(self) -> str:

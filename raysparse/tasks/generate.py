@@ -1,19 +1,24 @@
-"""Answers of a model to prompts, in batches of similar length."""
+"""Answers of a model to prompts, or to what its encoder reads, in batches of similar length."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError
+from raysparse.data.batch import source_inputs
+from raysparse.models.hub_config import position_key
 from raysparse.sparsity import counter
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig as Settings
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from raysparse.data.seq2seq import Sources
 
 
 class GenerationConfig(Config):
@@ -43,11 +48,72 @@ class GenerationConfig(Config):
         return self
 
 
+class Prompts(Protocol):
+    """What is to be answered.
+
+    Attributes:
+        before: most tokens that stand before an answer.
+    """
+
+    @property
+    def before(self) -> int: ...
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Tokens of each."""
+        ...
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Arguments of transformers' ``generate``; all answers of a batch start at the same place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Tokens that a causal model goes on from, as `data.pairs.encode_prompts` makes them; padded on the left, the padding masked."""
+
+    ids: Sequence[Sequence[int]]
+    pad_id: int
+
+    @property
+    def before(self) -> int:
+        return max(self.sizes, default=0)
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        return [len(prompt) for prompt in self.ids]
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        ids, mask = left_pad([self.ids[row] for row in rows], self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Sources for an encoder, and what the decoder begins every answer with (`data.seq2seq.first_tokens`)."""
+
+    sources: "Sources"
+    start: Sequence[int]
+
+    @property
+    def before(self) -> int:
+        return len(self.start)
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        return self.sources.sizes.tolist()
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        index = np.asarray(rows, dtype=np.int64)
+        start = torch.tensor(self.start).expand(len(rows), -1)
+        return source_inputs(*self.sources.read(index, index)) | {"decoder_input_ids": start}
+
+
 @torch.no_grad()
 def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     config: GenerationConfig,
     rank: int = 0,
     ranks: int = 1,
@@ -59,13 +125,13 @@ def generate(
     prompts first, every rank takes its turn.
 
     Args:
-        prompts: of all ranks; token ids with the separator, as `data.pairs.encode_prompts` makes them. They are padded on the left, so
-            that all answers of a batch start at the same place, and the padding is masked.
+        prompts: of all ranks.
     """
     from tqdm import tqdm
     from transformers import GenerationConfig as Settings
+    from transformers import GenerationMixin
 
-    _check_room(model, max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens)
+    _check_room(model, prompts.before + config.max_new_tokens)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     drawn = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
     settings = Settings(
@@ -79,20 +145,23 @@ def generate(
     )
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: too little memory shows at once
+    sizes = prompts.sizes
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])  # the longest first: too little memory shows at once
     batches = [order[first : first + config.batch_size] for first in range(0, len(order), config.batch_size)]
     answers: dict[int, str] = {}
     mine = range(rank, len(batches), ranks)
     with tqdm(desc="generating", total=sum(len(batches[k]) for k in mine), disable=None if progress else True) as bar:
         for number in mine:
             rows = batches[number]
-            ids, mask = left_pad([prompts[row] for row in rows], pad)
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            inputs = {name: value.to(model.device) for name, value in prompts.inputs(rows).items()}
+            first = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+            assert first is not None
             with torch.random.fork_rng(enabled=config.temperature > 0):
                 if config.temperature:
                     torch.manual_seed(counter.key(config.seed, "generate", number))
-                output = cast(Any, model).generate(**inputs, generation_config=settings)
-            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+                # Whisper's own generate, for recordings of any length, chooses language, task and temperatures itself
+                output = cast(Any, GenerationMixin).generate(model, **inputs, generation_config=settings)
+            texts = tokenizer.batch_decode(output[:, first.shape[1] :], skip_special_tokens=True)
             answers |= {row: text.strip() for row, text in zip(rows, texts, strict=True)}
             bar.update(len(rows))
     model.train(was_training)
@@ -140,7 +209,8 @@ class _Clock:
 
 
 def _check_room(model: "PreTrainedModel", longest: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", longest)
+    key = position_key(model.config)
+    room = longest if key is None else getattr(model.config, key)
     if longest > room:
         raise ConfigError(
             f"Expected prompts and answers within the model's {room} positions. Got {longest}. Lower max_new_tokens or cut the prompts."

@@ -72,7 +72,7 @@ class Teacher:
     @torch.no_grad()
     def teach(self, batch: Batch, features: bool, logits: bool) -> Lesson:
         with self._sharded.accumulate(last=True), self._outputs.noted() as found:
-            said = self._sharded.module(input_ids=batch.input_ids).logits
+            said = self._sharded.module(**batch.inputs).logits
         return Lesson(found if features else [], said[batch.labels != IGNORED] if logits else None)
 
     def rest(self) -> None:
@@ -97,7 +97,7 @@ class Distillation:
         self.passes = 1 if keep or not config.feature else 2
         for batch in batches if keep or config.feature else ():
             lesson = self._teacher.teach(batch, config.feature > 0, keep and config.logit > 0)
-            norms.append(feature_norms(lesson.features, _masks(batch, lesson), config.eps) if config.feature else None)
+            norms.append(feature_norms(lesson.features, self._masks(batch, lesson), config.eps) if config.feature else None)
             if self._kept is not None:
                 self._kept.append(lesson)
         if config.feature:
@@ -116,7 +116,7 @@ class Distillation:
             self._note("logit", kl)
             loss = loss + config.logit * kl
         if config.feature:
-            relative = squarehead(features, lesson.features, _masks(batch, lesson), self._norms)
+            relative = squarehead(features, lesson.features, self._masks(batch, lesson), self._norms)
             self._note("feature", relative)
             loss = loss + config.feature * relative
         return loss, total.detach()
@@ -136,7 +136,14 @@ class Distillation:
         value = value.detach()
         self._parts[name] = self._parts[name] + value if name in self._parts else value
 
+    def _masks(self, batch: Batch, lesson: Lesson) -> list[Tensor]:
+        """What counts of each block's output: of an encoder the source without its padding, of a decoder the tokens that it reads up to the
+        last that predicts; of a row without labels nothing."""
+        encoder = self._outputs.num_encoder
+        return [_heard(batch, features) for features in lesson.features[:encoder]] + [batch.tokens] * (len(lesson.features) - encoder)
 
-def _masks(batch: Batch, lesson: Lesson) -> list[Tensor]:
-    """The tokens of each block that count."""
-    return [batch.tokens] * len(lesson.features)
+
+def _heard(batch: Batch, features: Tensor) -> Tensor:
+    """[rows, source positions] bool, of what an encoder's block gives; a model that hears has fewer positions than the audio has frames."""
+    counts = (batch.labels != IGNORED).any(1, keepdim=True)
+    return counts.expand(features.shape[:2]) if batch.source_mask is None else batch.source_mask & counts

@@ -8,6 +8,7 @@ moments of dead entries are zero before a step and have zero gradients in it, so
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,8 @@ def train(t: Training, state: State) -> State:
     interval = Interval(t, state)
     while state.step < t.pace.steps and not _stale(t, state):
         lr, began = _set_lr(t, state.step), time.perf_counter()
-        loss, targets, tokens = forward_backward(t, state.step)
-        _count(t, state.step, tokens)
+        loss, targets, tokens, source = forward_backward(t, state.step)
+        _count(t, state.step, tokens, source)
         norm, stepped, change = update(t, state.step)
         if not math.isfinite(norm):
             raise TrainingError(
@@ -66,11 +67,12 @@ def train(t: Training, state: State) -> State:
     return state
 
 
-def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
+def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int, int]:
     """Run the batch of `step`.
 
     Returns:
-        This rank's sum of losses (nats, detached), and of the global batch the predicted tokens and all tokens (padding too).
+        This rank's sum of losses (nats, detached); of the global batch the predicted tokens and all tokens (padding too, those that an
+        encoder reads not); and what an encoder reads of each row.
     """
     torch.manual_seed(counter.key(t.seed, "dropout", step, t.run.rank))
     if t.hybrid is not None:
@@ -89,7 +91,8 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
             loss, cross_entropy = t.objective.loss(batch)
             loss.backward()
         total += cross_entropy
-    return total, targets, t.config.sequences * micro_batches[0].input_ids.shape[1]
+    first = micro_batches[0]
+    return total, targets, t.config.sequences * first.input_ids.shape[1], first.source_length
 
 
 def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
@@ -187,14 +190,14 @@ def _micro_batches(t: Training, step: int) -> list[Batch]:
     first = 0 if t.parity else share * t.run.rank
     batch = t.feed.batch(step, range(first, first + share))
     if t.parity and t.run.rank > 0:
-        batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED))
+        batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
     return [batch.rows(start, start + t.config.micro) for start in range(0, share, t.config.micro)]
 
 
 def _losses_by_row(t: Training, batch: Batch) -> list[tuple[float, int]]:
     """(sum of losses, predicted tokens) of each row."""
     with t.sharded.accumulate(last=True):
-        logits = t.sharded.module(input_ids=batch.input_ids).logits
+        logits = t.sharded.module(**batch.inputs).logits
     labels = batch.labels
     return [(float(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1])), int((labels[i] != IGNORED).sum())) for i in range(len(labels))]
 
@@ -207,22 +210,22 @@ def _set_lr(t: Training, step: int) -> float:
     return t.optimizer.param_groups[0]["lr"]
 
 
-def _count(t: Training, step: int, tokens: int) -> None:
-    """Add a step to the ledger, at its own sequence length, attention and numbers of live weights."""
+def _count(t: Training, step: int, tokens: int, source: int) -> None:
+    """Add a step to the ledger, at its own sequence lengths, attention and numbers of live weights."""
     length, convention = tokens // t.config.sequences, t.ledger.convention
-    counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step))
+    counted = training_flops(t.arch, t.nnz, tokens, length, convention, t.attention_density(step), source)
     if t.frozen:
-        rest = training_flops(t.arch, {**t.nnz, **t.frozen}, tokens, length, convention, t.attention_density(step))
+        rest = training_flops(t.arch, {**t.nnz, **t.frozen}, tokens, length, convention, t.attention_density(step), source)
         counted = counted * (2 / 3) + rest * (1 / 3)
-    dense = training_flops(t.arch, 1.0, tokens, length, convention)
+    dense = training_flops(t.arch, 1.0, tokens, length, convention, source=source)
     executed, reads = None, t.looks_at_dead(step)
     seen = t.attention_density(step) if t.hybrid is not None and t.hybrid.skips else 1.0
     if t.kernels is not None or seen < 1 or t.frozen:
         forward, backward, gradient = [{}] * 3 if t.kernels is None else t.kernels.executed(t.nnz, reads)
         products = forward, backward, {**gradient, **t.frozen}
-        thirds = [training_flops(t.arch, live, tokens, length, convention, seen) * (1 / 3) for live in products]
+        thirds = [training_flops(t.arch, live, tokens, length, convention, seen, source) * (1 / 3) for live in products]
         executed = thirds[0] + thirds[1] + thirds[2]
-    growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
+    growth = growth_flops(t.arch, t.nnz, tokens, length, convention, source) if reads else None
     teacher = dense * (t.objective.passes / 3) if t.objective.passes else None
     t.ledger.add(counted, dense, growth, executed, teacher)
 

@@ -3,7 +3,7 @@ import torch
 
 from raysparse.config import ConfigError
 from raysparse.data.batch import IGNORED
-from raysparse.data.pairs import PairFeed, PairValidation, encode_prompts
+from raysparse.data.pairs import PairFeed, PairRows, PairValidation, encode_prompts
 from raysparse.data.tokenizer import TrainTokenizer, load, train
 from raysparse.tasks import Example, Seq2seq
 from raysparse.tasks.tables import PairFiles
@@ -21,11 +21,11 @@ def examples(count=10):
 
 
 def feed(tokenizer, pairs, context=64, sequences=4):
-    return PairFeed(pairs, tokenizer, TASK, context, sequences, seed=1)
+    return PairFeed(PairRows.encode(pairs, tokenizer, TASK, context), sequences, seed=1)
 
 
 def validation(tokenizer, pairs, context=64, sequences=4):
-    return PairValidation(pairs, tokenizer, TASK, context, sequences)
+    return PairValidation(PairRows.encode(pairs, tokenizer, TASK, context), sequences)
 
 
 def texts_of(batch, row, tokenizer):
@@ -126,7 +126,8 @@ def test_a_rank_without_examples_has_no_prompts(tokenizer):
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_a_window_is_sorted_by_length_and_every_pair_comes_once(tokenizer, window):
     pairs, sequences = examples(15), 2  # 30 pairs of rising length: 15 batches an epoch, whole windows
-    sorted_feed, plain = (PairFeed(pairs, tokenizer, TASK, 64, sequences, 1, size) for size in (window, 1))
+    rows = PairRows.encode(pairs, tokenizer, TASK, 64)
+    sorted_feed, plain = (PairFeed(rows, sequences, 1, size) for size in (window, 1))
     for epoch in range(2):
         seen, expected, padded = [], [], 0
         for step in range(15 * epoch, 15 * (epoch + 1)):
@@ -137,7 +138,7 @@ def test_a_window_is_sorted_by_length_and_every_pair_comes_once(tokenizer, windo
         assert (seen == expected) == (window == 1)
         if window > 1:
             assert padded < sum(plain.batch(step, range(sequences)).input_ids.numel() for step in range(15 * epoch, 15 * (epoch + 1)))
-    later = PairFeed(pairs, tokenizer, TASK, 64, sequences, 1, window).batch(17, [1])  # resumed, and of another rank
+    later = PairFeed(rows, sequences, 1, window).batch(17, [1])  # resumed, and of another rank
     assert torch.equal(later.input_ids, sorted_feed.batch(17, range(sequences)).input_ids[1:])
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from raysparse.config import ConfigError
 from raysparse.models.adapters import AdaptedLinear, MaskLora, ScaleLora, Selective, adapt, changed, is_factor, merge, needs_no_gradient
-from raysparse.models.build import ModelConfig, block_linears, build, flops_architecture, skeleton
+from raysparse.models.build import ModelConfig, block_linears, build, skeleton
+from raysparse.models.multiplied import flops_architecture
 
 SMALL = ModelConfig(preset="debug", overrides={"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 31, "n_positions": 8})
 KINDS = {"mask_lora": MaskLora, "scale_lora": ScaleLora}

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from raysparse.config import ConfigError
 from raysparse.data.pairs import PairRows
 from raysparse.data.tokenizer import TrainTokenizer, load, train
-from raysparse.recipes.evaluate import EvaluationConfig, check_scores, score_model
+from raysparse.recipes.evaluate import EvaluationConfig, check_task, score_model
 from raysparse.runtime.local import LocalRun
 from raysparse.tasks import Example, Seq2seq, WebNLG
 from raysparse.tasks.generate import GenerationConfig
@@ -81,9 +81,9 @@ def test_perplexity_is_of_the_answers_tokens(folder, tmp_path):
     assert result["baseline"] == result["subsets"] == {}
 
 
-def test_a_primary_metric_that_cannot_be_computed_is_refused_at_once(folder, monkeypatch):
+def test_a_primary_metric_that_cannot_be_computed_is_refused_at_once(monkeypatch):
     monkeypatch.setattr("raysparse.tasks.metrics.scripts.shutil.which", lambda name: None)
     monkeypatch.setattr("raysparse.tasks.metrics.scripts._missing", lambda *names, java=False: "needs Java" if java else None)
     task = WebNLG(data=NOWHERE, metrics=("webnlg_meteor", "webnlg_bleu"))
     with pytest.raises(ConfigError, match=r"Got webnlg_meteor, which needs Java\. Install that, or begin task\.metrics with one of bleu"):
-        check_scores(task, load(folder), 40, GenerationConfig(), EvaluationConfig())
+        check_task(task)

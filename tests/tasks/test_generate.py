@@ -4,7 +4,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysparse.config import ConfigError
 from raysparse.data.tokenizer import TrainTokenizer, load, train
-from raysparse.tasks.generate import GenerationConfig, generate, left_pad
+from raysparse.tasks.generate import Beginnings, GenerationConfig, left_pad
+from raysparse.tasks.generate import generate as answer
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,10 @@ def model(tokenizer):
     size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48}
     config = GPT2Config(vocab_size=len(tokenizer), **size, initializer_range=0.3)
     return GPT2LMHeadModel(config).train()
+
+
+def generate(model, tokenizer, prompts, config, *ranks):
+    return answer(model, tokenizer, Beginnings(prompts, tokenizer.eos_token_id), config, *ranks)
 
 
 def greedy(model, tokenizer, prompt, count):

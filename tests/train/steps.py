@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from raysparse.data.batch import Batch
+from raysparse.data.batch import IGNORED, Batch, Feed
 from raysparse.kernels.bits import pack, unpack
 from raysparse.models.adapters import AnyAdapters
 from raysparse.models.build import build, select
+from raysparse.models.hub_config import ANY_KIND, kind_of
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
 from raysparse.sparsity.agenda import Agenda
@@ -48,6 +49,59 @@ class Tokens:
         return torch.randint(self.vocab, (CONTEXT + 1,), generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Feed of an encoder-decoder: sources and targets of lengths that are a function of (step, row), padded with a token of one's own.
+
+    Attributes:
+        frames: of audio, which is heard instead of a text; 0 for a text.
+    """
+
+    vocab: int
+    frames: int = 0
+    padding: int = 0
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        parts = [self._row(997 * step + row) for row in rows]
+        return Batch(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+
+    def _row(self, seed: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(self.vocab, (CONTEXT + 1,), generator=generator)
+        source = torch.randint(self.vocab, (2 * CONTEXT,), generator=generator)
+        target, heard = (int(torch.randint(3, size, (), generator=generator)) for size in (CONTEXT, 2 * CONTEXT))
+        labels = ids[1:].clone()
+        labels[target:], ids[target:], source[heard:] = IGNORED, self.padding, self.padding
+        if self.frames:
+            return ids[:-1].contiguous(), labels, torch.randn(8, self.frames, generator=generator)
+        return ids[:-1].contiguous(), labels, source, torch.arange(2 * CONTEXT) < heard
+
+
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {"preset": "t5-small", "overrides": {"d_model": 40, "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_heads": 5, "vocab_size": 101}},
+    "whisper": {
+        "preset": "whisper-tiny",
+        "overrides": {
+            "d_model": 40,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 5,
+            "decoder_attention_heads": 5,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "num_mel_bins": 8,
+            "max_source_positions": 10,
+            "vocab_size": 101,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "decoder_start_token_id": 0,
+        },
+    },
+}
+"""Sections `model`."""
+
+
 def config(**sections: Any) -> training.TrainingRunConfig:
     """A GPT-2 of width 40: weights of 101, 120, 40 and 160 rows. `sections` are merged over it, one level deep."""
     values: dict[str, Any] = {
@@ -76,7 +130,7 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
-    model = build(settings.model, settings.run.seed, context=CONTEXT)
+    model = build(settings.model, settings.run.seed, context=CONTEXT, kinds=ANY_KIND)
     whole = dict(model.named_parameters())
     agenda = Agenda(
         sparsity=sparse,
@@ -90,7 +144,9 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         rows = {name: sharded.parts[name].rows for name in agenda.shapes}
         return first_topology(agenda, rows, sharded.local, sharded.ranks)
 
-    tokens = Tokens(settings.model.overrides["vocab_size"])
+    vocab, kind = settings.model.overrides["vocab_size"], kind_of(model.config)
+    frames = 2 * getattr(model.config, "max_source_positions", 0)
+    tokens: Feed = Tokens(vocab) if kind == "causal" else Pairs(vocab, frames)
     parts = training.Ingredients(
         model=model,
         sparse=agenda.shapes,
@@ -105,7 +161,7 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         convention="spdf",
         adapters=adapters,
         distillation=taught,
-        teacher=taught and build(settings.model, 4, context=CONTEXT),
+        teacher=taught and build(settings.model, 4, context=CONTEXT, kinds=ANY_KIND),
     )
     job = Job("pretrain", settings.model_dump(mode="json"), {}, str(folder), "me")
     quiet = Console((folder / "console.txt").open("a"))

@@ -30,7 +30,7 @@ def sections(distillation: dict[str, Any] = ALL, micro: int = 2, **more: Any) ->
 def gradients(folder: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Of the first step, whole; and what is told of it."""
     t, _ = assemble(folder, given, SPARSE)
-    loss, _, _ = forward_backward(t, 0)
+    loss, _, _, _ = forward_backward(t, 0)
     found = {name: t.sharded.whole(name, gradient) for name, gradient in t.sharded.collect().items()}
     parts = {name: t.all_sum(part) for name, part in t.objective.parts().items()}
     return found | {"loss": t.all_sum(loss), "passes": torch.tensor(t.objective.passes)} | parts

@@ -6,10 +6,11 @@ from typing import Literal
 from raysparse.tasks.metrics.base import Additive, Metric, References
 from raysparse.tasks.metrics.ngrams import Bleu, Chrf, E2EBleu, Nist, Ter, WebNLGBleu
 from raysparse.tasks.metrics.scripts import E2ECider, E2EMeteor, E2ERougeL, WebNLGMeteor, WebNLGTer
-from raysparse.tasks.metrics.words import GSM8K, Accuracy, ExactMatch, RougeL, WordErrorRate
+from raysparse.tasks.metrics.words import GSM8K, Accuracy, ErrorRate, ExactMatch, RougeL, basic, characters, english
 
 TextMetric = Literal[
-    "bleu", "chrf", "ter", "rouge_l", "exact_match", "accuracy", "wer", "gsm8k",
+    "bleu", "chrf", "ter", "rouge_l", "exact_match", "accuracy", "gsm8k",
+    "wer", "cer", "wer_basic", "cer_basic", "wer_english", "cer_english",
     "e2e_bleu", "e2e_nist", "e2e_meteor", "e2e_rouge_l", "e2e_cider", "webnlg_bleu", "webnlg_meteor", "webnlg_ter",
 ]  # fmt: skip
 """Scores of texts."""
@@ -24,8 +25,13 @@ METRICS: dict[TextMetric, Metric] = {
     "rouge_l": RougeL(),
     "exact_match": ExactMatch(),
     "accuracy": Accuracy(),
-    "wer": WordErrorRate(),
     "gsm8k": GSM8K(),
+    "wer": ErrorRate(str.split),
+    "cer": ErrorRate(characters),
+    "wer_basic": ErrorRate(str.split, basic),
+    "cer_basic": ErrorRate(characters, basic),
+    "wer_english": ErrorRate(str.split, english),
+    "cer_english": ErrorRate(characters, english),
     "e2e_bleu": E2EBleu(),
     "e2e_nist": Nist(),
     "e2e_meteor": E2EMeteor(),

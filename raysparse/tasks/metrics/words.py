@@ -1,7 +1,9 @@
-"""Scores that compare words: ROUGE-L, exact match, the answer to a maths problem, word error rate."""
+"""Scores that compare words: ROUGE-L, exact match, the answer to a maths problem, error rates of words and characters."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,21 +51,52 @@ class GSM8K(Mean):
         return match[1].strip().replace(",", "") if match else None
 
 
-class WordErrorRate(Additive):
-    """Words to insert, delete and substitute over words of the references, over the whole split, in per cent (may exceed 100). Of several
-    references the one with fewest errors a word counts. Words are what white space separates; equals jiwer's on texts as they are."""
+class ErrorRate(Additive):
+    """Units to insert, delete and substitute over units of the references, over the whole split, in per cent (may exceed 100). Of several
+    references the one with fewest errors a unit counts. Units are words, which white space separates, or characters, a blank between words
+    among them; on texts as they are both equal jiwer's."""
 
     lower_is_better = True
+
+    def __init__(self, units: Callable[[str], Sequence[str]], normal: Callable[[str], str] = str) -> None:
+        """Args:
+        normal: what is done to texts before they are compared.
+        """
+        self._units, self._normal = units, normal
 
     def sums(self, outputs: Sequence[str], references: References) -> NDArray[np.float64]:
         found = []
         for output, right in zip(outputs, references, strict=True):
-            pairs = [(edits(output.split(), reference.split()), len(reference.split())) for reference in right]
+            said, wanted = self._units(self._normal(output)), [self._units(self._normal(reference)) for reference in right]
+            pairs = [(edits(said, reference), len(reference)) for reference in wanted]
             found.append(min(pairs, key=lambda pair: pair[0] / max(1, pair[1])))
         return np.array(found, dtype=np.float64)
 
     def of_sums(self, total: NDArray[np.float64]) -> float:
         return float(100 * total[0] / max(1.0, total[1]))
+
+
+def characters(text: str) -> str:
+    return " ".join(text.split())
+
+
+def basic(text: str) -> str:
+    """As OpenAI's Whisper has it for languages other than English, by transformers: lower case, no punctuation, nothing in brackets. It
+    removes combining marks too, and with them the vowels of Hindi and its like."""
+    return _normalizer("basic")(text)
+
+
+def english(text: str) -> str:
+    """As OpenAI's Whisper has it for English, by transformers: besides contractions, fillers, numbers and currencies. Its list of British
+    and American spellings comes with a model, not with transformers, and is left out."""
+    return _normalizer("english")(text)
+
+
+@cache
+def _normalizer(kind: Literal["basic", "english"]) -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    return BasicTextNormalizer() if kind == "basic" else EnglishTextNormalizer({})
 
 
 def lcs(a: Sequence[str], b: Sequence[str]) -> int:
