@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysparse.config import load, read_yaml
-from raysparse.recipes import CONFIGS
+from raysparse.recipes import CONFIGS, finetune
 from raysparse.recipes.compare import CompareConfig, check, finetune_configs, pretrain_configs
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.plan import plan
@@ -71,6 +71,45 @@ def test_finetuning_recipes(task):
     assert (config.generation.num_beams, config.generation.no_repeat_ngram_size, config.generation.max_new_tokens) == (10, 4, 64)
     assert config.training.patience > 0
     assert config.sparsity.masks == "lift"
+
+
+# SquareHead (arXiv:2310.06927), as its authors' code has it
+#   recipe               epochs  lr   sequences  warm-up  decay weights  eps   decoding
+SQUAREHEAD = {
+    "mpt_7b_gsm8k": ("2 epochs", 1e-4, 32, "20 steps", 0.0, 1.0, 2**-7, 1),
+    "t5_small_wmt_en_de": ("3 epochs", 2e-3, 128, "300 steps", 1e-4, 1.0, 1e-9, 5),
+    "whisper_small_hindi": ("6 epochs", 2e-4, 32, "50 steps", 1e-4, 0.5, 1e-8, 1),
+}
+
+
+@pytest.mark.parametrize("recipe", SQUAREHEAD)
+def test_squarehead_recipes(recipe):
+    config = load(FinetuneConfig, [ROOT / "configs" / "finetune" / f"{recipe}.yaml"])
+    length, lr, sequences, warmup, decay, task, eps, beams = SQUAREHEAD[recipe]
+    taught = config.distillation
+    assert taught is not None
+    assert (taught.task, taught.logit, taught.feature, taught.eps) == (task, 0.0, 1.0, eps)
+    assert (config.training.length, config.training.sequences, config.optimizer.lr) == (length, sequences, lr)
+    assert (config.schedule.decay, config.schedule.warmup, config.schedule.final) == ("linear", warmup, 0.0)
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.999), decay)
+    assert (config.generation.num_beams, config.sparsity.masks) == (beams, "keep")
+    assert config.context == {"mpt_7b_gsm8k": 512, "t5_small_wmt_en_de": 256, "whisper_small_hindi": 225}[recipe]
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("tiny_translation", "text"), ("tiny_speech", "audio")])
+def test_small_teachers_are_made_of_the_real_data(recipe, kind, tmp_path):
+    shared = ROOT.parent / "shared" / "data"
+    if not shared.is_dir():
+        pytest.skip(f"the data is not at {shared}")
+    if kind == "audio":
+        pytest.importorskip("soundfile")
+        words = [f"task.data.path={shared / 'speech_fsdd'}"]
+    else:
+        files = {"train": "train", "validation": "validation", "test": "test_2016_flickr"}
+        words = [f"task.data.{split}={shared / 'multi30k_en_de' / file}.jsonl.gz" for split, file in files.items()]
+    words += ["task.max_examples=40", f"cache_dir={tmp_path}", f"run.folder={tmp_path}"]
+    found = finetune.check(load(FinetuneConfig, [ROOT / "configs" / "finetune" / f"{recipe}.yaml"], words))
+    assert (found["num_pairs"], found["num_truncated"], found["num_truncated_targets"]) == (40, 0, 0)
 
 
 def test_the_recipe_of_e2e_reads_the_real_data():

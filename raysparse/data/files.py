@@ -20,6 +20,8 @@ from raysparse.config import ConfigError
 TEXT = (".txt", ".md", ".rst", ".py")
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _TEXT_BYTES = 16_384
+_PARQUET_ROWS = 1024
+"""Read at once: rows of recordings are large."""
 
 Row = tuple[str, dict[str, Any]]
 """Where the row stands (``file:line``), and its values by column."""
@@ -166,7 +168,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         with ParquetFile(path) as file:
             require_columns(str(path), dict.fromkeys(file.schema_arrow.names), columns)
             number = 0
-            for batch in file.iter_batches(columns=list(columns)):
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(columns)):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row

@@ -128,7 +128,8 @@ AnySource = Annotated[PythonStdlib | Files | Hub, Field(discriminator="type")]
 
 
 def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool, columns: tuple[str, ...]) -> Iterator[files.Row]:
-    """Rows of a data set with at least `columns`; a data set, configuration or split that is not there is a `ConfigError`."""
+    """Rows of a data set with at least `columns`, recordings as bytes and path; a data set, configuration or split that is not there is a
+    `ConfigError`."""
     import datasets
 
     folder = Path(name).expanduser()
@@ -139,6 +140,9 @@ def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool,
             f"Expected the data set {name!r}, configuration {config!r}, split {split!r}. Got: {error}. "
             "Check the names and the network, or use a local folder."
         ) from None
+    recordings = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Audio)]
+    for column in recordings:
+        rows = rows.cast_column(column, datasets.Audio(decode=False))
     for number, row in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
         where = f"{name}, {split}, row {number}"
         files.require_columns(where, row, columns)

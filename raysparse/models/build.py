@@ -62,8 +62,8 @@ def architecture(
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    base = read_config(config.path) if config.path is not None else preset_config(config.preset or "")
-    check_kind(base, kinds, config.path or f"preset {config.preset}")
+    base = read_config(config.path, kinds) if config.path is not None else preset_config(config.preset or "")
+    check_kind(base, kinds, f"model.preset {config.preset}")
     changes = check_overrides(config.overrides, base, "model.overrides")
     fitted: dict[str, Any] = {}
     for key, needed, what in (("vocab_size", vocab_size, "tokens"), (position_key(base), context, "positions")):
@@ -149,7 +149,20 @@ def _as_config_error(config: ModelConfig) -> Iterator[None]:
 def _finished(model: "PreTrainedModel") -> "PreTrainedModel":
     if model.generation_config is not None:
         model.generation_config.use_cache = True  # off in training; decoding without a cache would be quadratic
+    if model.config.is_encoder_decoder:
+        for block in blocks(model).values():
+            block.register_forward_pre_hook(_aliased, with_kwargs=True)
     return to_linear(model).train()
+
+
+def _aliased(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Every block of a decoder reads what the encoder gave. Each through an alias of its own: a block's gradients of it are added up before
+    those of the others, which FSDP2 does too, so that sharded or not the sum is the same, bit by bit."""
+
+    def alias(value: Any) -> Any:
+        return value.view_as(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+    return tuple(map(alias, args)), {name: alias(value) for name, value in kwargs.items()}
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

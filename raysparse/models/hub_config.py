@@ -55,7 +55,7 @@ def position_key(hf_config: "PretrainedConfig") -> str | None:
     return next((hf_config.attribute_map.get(key, key) for key in _POSITIONS[kind_of(hf_config)] if hasattr(hf_config, key)), None)
 
 
-def read_config(path: str) -> "PretrainedConfig":
+def read_config(path: str, kinds: Sequence[Kind] = ANY_KIND) -> "PretrainedConfig":
     """The config of a causal language model, a T5 or a Whisper, from a local folder (whose weight files are checked too) or the hub.
 
     Raises:
@@ -89,6 +89,7 @@ def read_config(path: str) -> "PretrainedConfig":
             f"Expected a causal language model, a T5 or a Whisper at model.path {path}. Got {', '.join(map(str, claimed))} "
             f"(model_type {hf_config.model_type}). Use a decoder-only model with a language-model head, or one of these."
         )
+    check_kind(hf_config, kinds, f"model.path {path}")
     if folder.is_dir():
         _check_weight_files(folder)
     return hf_config

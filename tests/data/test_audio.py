@@ -1,7 +1,5 @@
 """Recordings: what is read, what is refused, and what a Whisper hears of them."""
 
-import io
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +7,11 @@ import pytest
 import torch
 
 from raysparse.config import ConfigError
-from raysparse.data.audio import RATE, AudioSources, content, decode, load, store
+from raysparse.data.audio import AudioSources, content, decode, load, store
 from raysparse.tasks.base import Example
+from tests.sounds import RATE, tone, wav
 
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install 'raysparse[audio]'")
-
-
-def wav(samples, rate=RATE, channels=1) -> bytes:
-    """A 16-bit file of samples in [-1, 1]."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(channels)
-        out.setsampwidth(2)
-        out.setframerate(rate)
-        out.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
-    return file.getvalue()
-
-
-def tone(seconds=0.5, hertz=440.0, rate=RATE):
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
 
 
 def config(**more):

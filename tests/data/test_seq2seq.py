@@ -87,5 +87,5 @@ def test_the_decoder_begins_with_the_languages_that_the_tokenizer_knows(tokenize
         first_tokens(tokenizer, Speech(data=NOWHERE, language="xx"), 5, 32)
     with pytest.raises(ConfigError, match=r"a decoder_start_token_id in the model's config\. Got none"):
         first_tokens(tokenizer, TASK, None, 32)
-    with pytest.raises(ConfigError, match=r"a context of at least 8, for answers begin with 4 tokens\. Got 6"):
+    with pytest.raises(ConfigError, match=r"a context of at least 8: answers begin with 4 tokens\. Got 6"):
         first_tokens(tokenizer, hindi, 5, 6)

@@ -100,6 +100,7 @@ def test_whisper_hears_two_frames_a_position_and_its_convolutions_are_not_counte
 
     config = WhisperConfig(
         vocab_size=64,
+        pad_token_id=0,
         d_model=16,
         encoder_layers=1,
         decoder_layers=2,

@@ -96,6 +96,15 @@ def test_word_error_rate_by_hand():
     #  one substitution of 3 words, and of the second the nearer reference: one deletion of 4
     assert one("wer", ["a b x", "c d e"], [["a b c"], ["q", "c d e f"]]) == pytest.approx(100 * 2 / 7)
     assert one("wer", ["a b c d e f"], [["x"]]) == pytest.approx(600)
+    assert one("cer", ["abx  d", "xy"], [["abc d"], ["xy", "q"]]) == pytest.approx(100 * 1 / 7)
+
+
+def test_whispers_normalisers_are_transformers():
+    said, right = ["Hello, WORLD! [laughs]", "it's twenty one"], [["hello world"], ["It is 21."]]
+    assert one("wer", said, right) == pytest.approx(100 * (3 + 3) / 5)
+    assert one("wer_basic", said, right) == pytest.approx(100 * 3 / 5)  # it s twenty one, it is 21
+    assert one("wer_english", said, right) == one("cer_english", said, right) == 0
+    assert one("cer_basic", ["Ein Haus."], [["ein haus"]]) == 0
 
 
 def test_bleu_by_hand():
