@@ -73,11 +73,12 @@ def common(tmp_path, cache_dir, name) -> dict[str, Any]:
 
 @pytest.fixture
 def translation(tmp_path, cache_dir) -> dict[str, Any]:
-    rng = random.Random(0)
+    folder, rng = tmp_path / "text", random.Random(0)
+    folder.mkdir()
     for split, count in (("train", 60), ("validation", 10), ("test", 10)):
         rows = [rng.choices(list(WORDS), k=rng.randint(1, 4)) for _ in range(count)]
-        write(tmp_path / f"{split}.jsonl", [{"en": " ".join(row), "de": " ".join(WORDS[word] for word in row)} for row in rows])
-    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        write(folder / f"{split}.jsonl", [{"en": " ".join(row), "de": " ".join(WORDS[word] for word in row)} for row in rows])
+    files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     task = {"type": "translation", "source": "en", "target": "de", "prefix": "say in German: ", "data": {"type": "files"} | files}
     return common(tmp_path, cache_dir, "t5") | {"model": T5, "task": task}
 
@@ -85,16 +86,17 @@ def translation(tmp_path, cache_dir) -> dict[str, Any]:
 @pytest.fixture
 def speech(tmp_path, cache_dir) -> dict[str, Any]:
     pytest.importorskip("soundfile")
-    rng = random.Random(0)
+    folder, rng = tmp_path / "audio", random.Random(0)
+    folder.mkdir()
     for split, count in (("train", 30), ("validation", 6), ("test", 6)):
         rows = []
         for k in range(count):
             word = rng.choice(list(WORDS))
             file = f"{split}-{k}.wav"
-            (tmp_path / file).write_bytes(wav(tone(rng.uniform(0.2, 0.9), 200.0 * (1 + list(WORDS).index(word)))))
+            (folder / file).write_bytes(wav(tone(rng.uniform(0.2, 0.9), 200.0 * (1 + list(WORDS).index(word)))))
             rows.append({"audio": file, "text": word})
-        write(tmp_path / f"{split}.jsonl", rows)
-    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        write(folder / f"{split}.jsonl", rows)
+    files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     task = {"type": "speech", "data": {"type": "files"} | files}
     return common(tmp_path, cache_dir, "whisper") | {"model": WHISPER, "task": task}
 
@@ -226,7 +228,7 @@ def test_verbs_of_causal_models_refuse_the_others(translation, pretrain_values, 
     with pytest.raises(ConfigError, match=text):
         pretrain.check(PretrainConfig.check(pretrain_values | {"model": {"path": folder}}))
     with pytest.raises(ConfigError, match=text):
-        zeroshot.check(ZeroshotConfig.check({"model": {"path": folder}, "task": {"type": "piqa", "data": {"type": "folder", "path": "x"}}}))
+        zeroshot.check(ZeroshotConfig.check({"model": {"path": folder}, "task": {"type": "text", "files": "x"}}))
     with pytest.raises(ConfigError, match=text):
         export(ExportConfig(run=folder, to=str(tmp_path / "packed"), format="packed"))
     keys = ("task", "context", "source_context", "evaluation", "cache_dir")
@@ -260,11 +262,12 @@ def test_random_weights_must_be_asked_for(translation, model, text):
 
 
 def test_a_row_that_cannot_be_heard_or_has_no_text_is_named_before_the_run(speech, tmp_path):
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    folder = tmp_path / "audio"
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     config = FinetuneConfig.check(speech)
 
     def refused(row, text):
-        write(tmp_path / "train.jsonl", [*rows[:2], row, *rows[3:]])
+        write(folder / "train.jsonl", [*rows[:2], row, *rows[3:]])
         evaluate._examples_by_json.cache_clear()
         with pytest.raises(ConfigError, match=text):
             finetune.open_run(config)
@@ -272,22 +275,23 @@ def test_a_row_that_cannot_be_heard_or_has_no_text_is_named_before_the_run(speec
 
     refused({"audio": rows[2]["audio"], "text": "  "}, r"Expected a target, none of them empty, at .*train\.jsonl:3")
     refused({"audio": "lost.wav", "text": "one"}, r"recording .*lost\.wav that column 'audio' names at .*train\.jsonl:3")
-    (tmp_path / "slow.wav").write_bytes(wav(tone(rate=8000), 8000))
+    (folder / "slow.wav").write_bytes(wav(tone(rate=8000), 8000))
     refused({"audio": "slow.wav", "text": "one"}, r"a sampling rate of 16000 Hz at .*train\.jsonl:3\. Got 8000 Hz")
-    (tmp_path / "long.wav").write_bytes(wav(tone(1.5)))
+    (folder / "long.wav").write_bytes(wav(tone(1.5)))
     refused({"audio": "long.wav", "text": "one"}, r"recordings of at most 1 s, .* Got 1\.50 s at .*train\.jsonl:3")
 
 
 def test_recordings_in_a_table_as_datasets_stores_them(speech, tmp_path):
+    folder = tmp_path / "audio"
     import pyarrow
     from pyarrow.parquet import write_table
 
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    cells = [{"bytes": (tmp_path / row["audio"]).read_bytes(), "path": row["audio"]} for row in rows]
-    write_table(pyarrow.table({"audio": cells, "text": [row["text"] for row in rows]}), tmp_path / "test.parquet")
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    cells = [{"bytes": (folder / row["audio"]).read_bytes(), "path": row["audio"]} for row in rows]
+    write_table(pyarrow.table({"audio": cells, "text": [row["text"] for row in rows]}), folder / "test.parquet")
     heard = []
     for file in ("test.jsonl", "test.parquet"):
-        task = FinetuneConfig.check(merge(speech, {"task": {"data": {"test": str(tmp_path / file)}}})).task
+        task = FinetuneConfig.check(merge(speech, {"task": {"data": {"test": str(folder / file)}}})).task
         heard.append(evaluate.load_examples(evaluate.store_examples(task, speech["cache_dir"], ("test",)))["test"])
     import datasets
 
@@ -300,4 +304,4 @@ def test_recordings_in_a_table_as_datasets_stores_them(speech, tmp_path):
         for other in others:
             assert path.references == other.references
             assert np.array_equal(path.audio, other.audio)
-    assert heard[1][2].source == f"{tmp_path / 'test.parquet'}, row 3"
+    assert heard[1][2].source == f"{folder / 'test.parquet'}, row 3"
