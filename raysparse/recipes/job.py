@@ -13,6 +13,9 @@ from raysparse.train import checkpoint
 from raysparse.train.error import TrainingError
 from raysparse.train.run import RunConfig
 
+GOES_ON = ("pretrain", "finetune")
+"""Verbs that write checkpoints, and so may change the number of their workers in the middle."""
+
 NOT_IDENTITY = {
     "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
     "logging": ...,
@@ -59,6 +62,8 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
         ConfigError: the name belongs to a run with another config or to something else, the folder cannot be written, or all
             of its checkpoints are damaged.
     """
+    if verb not in GOES_ON:
+        run.check_fixed(f"`raysparse {verb}` writes no checkpoints and would begin again with every change")
     folder, used = run.path, run.path / "identity.json"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -35,6 +35,7 @@ from raysparse.train.kernels import KernelMode, Kernels, check_kernels
 from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from raysparse.train.placement import largest_share, scattered, show_shares
 from raysparse.train.process import forget_peak_memory, peak_memory_bytes
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
@@ -58,16 +59,24 @@ class TrainingRunConfig(Config):
 
 
 def check_sizes(config: TrainingRunConfig) -> None:
-    """Raise a `ConfigError` if the batch or the sharding does not fit the number of workers."""
-    workers, sequences = config.run.workers, config.training.sequences
-    if sequences % workers and not config.run.parity:
+    """Raise a `ConfigError` if the batch or the sharding does not fit the number of workers.
+
+    Of an elastic run the batch is shared out unevenly where it must be: better than to wait for the next node, or not to go on.
+    """
+    workers, sequences = config.run.sizes[-1], config.training.sequences
+    if config.run.elastic and workers > sequences and not config.run.parity:
+        raise ConfigError(
+            f"Expected at least one sequence for each of at most {workers} workers. Got training.sequences={sequences}. "
+            f"Use run.workers=[{min(config.run.sizes[0], sequences)}, {sequences}], or training.sequences={workers}."
+        )
+    if sequences % workers and not config.run.parity and not config.run.elastic:
         fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
         near = min(fits, key=lambda n: abs(n - workers))
         raise ConfigError(
             f"Expected run.workers to divide training.sequences. Got {workers} workers, {sequences} sequences. "
             f"Use run.workers={near}, or training.sequences={-(-sequences // workers) * workers}."
         )
-    config.sharding.check_workers(workers)
+    config.sharding.check_workers(config.run.sizes)
     check_kernels(config.kernels, config.run)
 
 
@@ -130,8 +139,9 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         former = "gradient_checkpointing_enable"  # its name before transformers 5.23
         getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})
     hybrid = hybrid_attention(parts.agenda, parts.model, device)
-    share = config.training.sequences if config.run.parity else config.training.sequences // run.world_size
-    tokens = min(config.training.micro, share) * parts.tokens_per_sequence
+    sequences = config.training.sequences
+    tokens = min(config.training.micro, sequences if config.run.parity else largest_share(sequences, run.world_size))
+    tokens *= parts.tokens_per_sequence
     names = parts.sparse if parts.topology is not None else {}
     kernels = Kernels.install(parts.model, names, config.kernels, config.run, tokens, run, job.path / KERNELS)
     units = blocks(parts.model)
@@ -139,6 +149,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         for unit in units.values():
             unit.compile()
     sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
+    tell_placement(job, config, run)
     if not isinstance(parts.adapters, AllWeights):
         trained, total = count_parameters(sharded)
         share = f"{trained / total:.2%} of the model's {total:,}"
@@ -193,6 +204,16 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     )
     training.follow()
     return training, state
+
+
+def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
+    """Say how the batch is shared out where that may change, and that replicas lie badly; every rank calls this."""
+    if config.run.elastic and not config.run.parity:
+        run.show({"text": f"{job.path.name}: {show_shares(config.training.sequences, run.world_size)}"})
+    nodes: list[Any] = [None] * run.world_size
+    dist.all_gather_object(nodes, run.node)
+    if (told := scattered(config.sharding, nodes)) is not None:
+        run.show({"text": told})
 
 
 def read_history(found: Path) -> list[dict[str, Any]]:

@@ -33,8 +33,15 @@ SETTINGS = {
 }
 
 
+ELASTIC = SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+"""Of a run that goes on with fewer workers: the first group after a loss is tried at the old size, in vain."""
+
+LOOKS_EVERY_S = 30.0
+"""How often it is seen whether an elastic run may have more workers."""
+
+
 def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[str, Any]]:
-    """Carry out the jobs one after another in one group of ``run.workers`` ranks; returns their summaries.
+    """Carry out the jobs one after another in one group of as many ranks as `run.workers` allows; returns their summaries.
 
     Ranks that die are replaced up to ``run.max_failures`` times; the group then skips the jobs that are finished and goes on
     from the newest checkpoint of the one that is not.
@@ -74,7 +81,7 @@ def start(run: RunConfig, spare: int = 1, dashboard: bool = False) -> bool:
         spare: logical CPUs of a cluster of our own beyond those of the machine, or of the workers if they are more.
         dashboard: of a cluster of our own.
     """
-    for key, value in SETTINGS.items():
+    for key, value in (ELASTIC if run.elastic else SETTINGS).items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -90,11 +97,12 @@ def _start(ray: Any, run: RunConfig, spare: int, dashboard: bool) -> None:
         ray.init(logging_level="WARNING", log_to_driver=False, namespace="raysparse")
         return
     cores = os.cpu_count() or 1
-    if run.workers * run.threads > cores:
+    workers = run.sizes[-1]
+    if workers * run.threads > cores:
         log.warning(
-            "%d workers of %d threads share %d cores: slow, not wrong. Lower run.workers or run.threads.", run.workers, run.threads, cores
+            "%d workers of %d threads share %d cores: slow, not wrong. Lower run.workers or run.threads.", workers, run.threads, cores
         )
-    cpus = max(run.workers * run.threads, cores) + spare  # logical
+    cpus = max(workers * run.threads, cores) + spare  # logical
     ray.init(
         address="local",  # else it would join, or fail at, whatever `ray start` has left running here
         num_cpus=cpus,
@@ -127,7 +135,7 @@ def check_resources(run: RunConfig) -> None:
     if grows():
         return
     have = ray.cluster_resources()
-    need = {"CPU": float(run.workers * run.threads)} | ({"GPU": float(run.workers)} if uses_gpu(run) else {})
+    need = {name: run.sizes[0] * amount for name, amount in per_worker(run).items()}
     for name, amount in need.items():
         if have.get(name, 0.0) < amount:
             raise ConfigError(
@@ -140,7 +148,7 @@ def uses_gpu(run: RunConfig) -> bool:
     """Whether a worker of this run has a GPU, on the cluster that this process is in."""
     import ray
 
-    return run.device == "cuda" or (run.device == "auto" and ray.cluster_resources().get("GPU", 0) >= run.workers)
+    return run.device == "cuda" or (run.device == "auto" and ray.cluster_resources().get("GPU", 0) >= run.sizes[0])
 
 
 def _folders(jobs: Sequence[Job]) -> list[Path]:
@@ -152,9 +160,10 @@ def _folders(jobs: Sequence[Job]) -> list[Path]:
 def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, Any]]:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError
 
+    from raysparse.runtime.backend import Backend
     from raysparse.runtime.worker import work
 
     api: Any = ray.train  # its types are a union of two generations of the API
@@ -164,8 +173,10 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
         trainer = cast(Any, TorchTrainer)(
             work,
             train_loop_config={"jobs": [asdict(job) for job in jobs], "threads": run.threads, "progress": str(progress)},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=300),
-            scaling_config=api.ScalingConfig(num_workers=run.workers, use_gpu=gpu, resources_per_worker=per_worker(run)),
+            torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=300),
+            scaling_config=api.ScalingConfig(
+                num_workers=run.workers, use_gpu=gpu, resources_per_worker=per_worker(run), elastic_resize_monitor_interval_s=LOOKS_EVERY_S
+            ),
             run_config=api.RunConfig(
                 name=run.name,
                 storage_path=str(run.path.parent),

@@ -24,6 +24,8 @@ class RayRun:
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        here = ray.get_runtime_context().get_node_id()
+        self.node = f"{ray.util.get_node_ip_address()} ({here[:6]})"
         self._progress = progress
         self._gauges = Gauges() if self.rank == 0 else None
 

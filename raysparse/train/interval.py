@@ -65,7 +65,7 @@ class Interval:
         record = {
             "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
             "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate,
-            "seconds": state.seconds, "bytes_sent": state.bytes_sent,
+            "seconds": state.seconds, "bytes_sent": state.bytes_sent, "workers": t.run.world_size,
             "flops": t.ledger.counted.total, "sparsity": _sparsity(t), "churn": self._churn,
             "phase": t.agenda.span(state.step - 1).phase.name, "attention_density": t.attention_density(state.step - 1),
             "step_seconds": (now - self._mark) / (state.step - self._step), "wire_seconds": wire["wire/seconds_per_step"],

@@ -21,6 +21,7 @@ from raysparse.train.clip import clip_, global_norm
 from raysparse.train.error import TrainingError
 from raysparse.train.interval import Interval, histograms
 from raysparse.train.keeper import Change
+from raysparse.train.placement import largest_share, share_of
 from raysparse.train.state import HISTORY, State, Training
 
 
@@ -182,13 +183,16 @@ def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
 
 
 def _micro_batches(t: Training, step: int) -> list[Batch]:
-    """This rank's rows of the global batch; with parity all of them on every rank, counted on rank 0 alone."""
-    share = t.config.sequences if t.parity else t.config.sequences // t.run.world_size
-    first = 0 if t.parity else share * t.run.rank
-    batch = t.feed.batch(step, range(first, first + share))
-    if t.parity and t.run.rank > 0:
-        batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED))
-    return [batch.rows(start, start + t.config.micro) for start in range(0, share, t.config.micro)]
+    """This rank's rows of the global batch, with parity all of them on rank 0; filled up to the largest share by rows that do not
+    count, for collectives want equally many micro-batches of every rank."""
+    sequences, rank, world_size = t.config.sequences, t.run.rank, t.run.world_size
+    if t.parity:
+        mine, size = range(sequences if rank == 0 else 0), sequences
+    else:
+        mine, size = share_of(sequences, rank, world_size), largest_share(sequences, world_size)
+    batch = t.feed.batch(step, [min(mine.start + i, sequences - 1) for i in range(size)])
+    batch = Batch(batch.input_ids, batch.labels.index_fill(0, torch.arange(len(mine), size), IGNORED))
+    return [batch.rows(start, start + t.config.micro) for start in range(0, size, t.config.micro)]
 
 
 def _loss(t: Training, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:

@@ -1,14 +1,15 @@
 """What the loop sees of the world outside: who am I, where do I write, and whom do I tell."""
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from raysparse.config import Config
+from raysparse.config import Config, ConfigError
 from raysparse.sparsity.agenda import TopologyUpdate
 from raysparse.sparsity.manager import MaskManager, Verdict, Vote
 from raysparse.train.metrics import Console
@@ -23,8 +24,9 @@ class RunConfig(Config):
     """Where runs are kept; on several nodes a path that all of them share."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Masks, initial weights and data order are functions of it."""
-    workers: int = Field(1, ge=1)
-    """Ray Train workers, one process and (on CUDA) one GPU each. Divides training.sequences."""
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers, one process and (on CUDA) one GPU each. Divides training.sequences. [least, most]: as many as the cluster has
+    room for at the time; the run goes on with fewer when nodes are lost, and with more when they come (docs/distributed.md)."""
     threads: int = Field(1, ge=1)
     """CPU threads of each worker; results on CPUs are bit-equal only at equal numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -36,9 +38,33 @@ class RunConfig(Config):
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        sizes = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(sizes) != 2 or not all(type(size) is int for size in sizes) or not 1 <= sizes[0] <= sizes[1]:
+            raise ValueError("Expected a number of at least 1, or [least, most] of such")
+        return value
+
     @property
     def path(self) -> Path:
         return Path(self.folder).expanduser().absolute() / self.name
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return not isinstance(self.workers, int)
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that a group may have."""
+        least, most = (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        return range(least, most + 1)
+
+    def check_fixed(self, why: str) -> None:
+        """Raise a `ConfigError` if the number of workers may change, which makes no sense here."""
+        if not isinstance(self.workers, int):
+            raise ConfigError(f"Expected one number as run.workers: {why}. Got {list(self.workers)}. Use run.workers={self.workers[1]}.")
 
 
 class Manager(Protocol):
@@ -68,6 +94,8 @@ class Run(Protocol):
 
     rank: int
     world_size: int
+    node: str
+    """Names the machine that this rank is on."""
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Every rank calls this once for each checkpoint, in the same order, when its saving has begun."""
@@ -88,6 +116,7 @@ class LocalRun:
         committed: is told of each checkpoint on rank 0, as `Run.committed` is.
         """
         self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
+        self.node = platform.node()
         self._committed = committed
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
