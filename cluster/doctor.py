@@ -210,8 +210,8 @@ def check_links(links: Mapping[str, float]) -> list[str]:
 def check_interfaces(nodes: Mapping[str, Any]) -> list[str]:
     """Of one node alone the host name will do."""
     return [
-        f"No network interface of {name} has the address that Ray knows it by, so ranks may look for each other at the wrong one. Start Ray "
-        f"there with --node-ip-address, or with {interface.VARIABLE} (and on GPUs NCCL_SOCKET_IFNAME) set to the interface to use."
+        f"No network interface of {name} has the address that Ray knows it by, so ranks may look for each other at a wrong one. Start "
+        f"Ray there with --node-ip-address, or with {interface.VARIABLE} (and on GPUs NCCL_SOCKET_IFNAME) set to the interface to use."
         for name, facts in nodes.items()
         if len(nodes) > 1 and facts["interface"] is None
     ]

@@ -42,6 +42,6 @@ def scattered(config: ShardingConfig, nodes: Sequence[str]) -> str | None:
     found = ", ".join(f"{number} on {node}" for node, number in Counter(nodes).items())
     return (
         f"sharding: {spanning} of {config.replicas} replicas lie on several machines ({found}), so weights are gathered between them in "
-        f"every step. To keep that inside a machine let each hold a multiple of {size} workers (ray start --num-cpus, --num-gpus), or change "
-        "sharding.replicas."
+        f"every step. To keep that inside a machine let each hold a multiple of {size} workers (ray start --num-cpus, --num-gpus), or "
+        "change sharding.replicas."
     )
