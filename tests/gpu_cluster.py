@@ -86,7 +86,7 @@ def work(device: str) -> int:
     torch.set_num_threads(1)
     rank, ranks = torchrun_rank() or (0, 1)
     if device == "cuda":
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     found = cases(ranks)
     with tempfile.TemporaryDirectory() as folder:
         alone = _alone(found, device, ranks, Path(folder)) if rank == 0 else {}
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 2 <= ranks <= have:
         words = "GPUs" if args.device == "cuda" else "ranks"
         print(
-            f"gpu-cluster: Expected two or more {words}{f', {ranks} of them' if ranks > 2 else ''}. Got {have}. Nothing was checked. "
+            f"gpu-cluster: Expected {ranks if ranks > 2 else 'two or more'} {words}. Got {have}. Nothing was checked. "
             "Run it where there are more; --device cpu --ranks 4 checks the same on CPUs.",
             file=sys.stderr,
         )

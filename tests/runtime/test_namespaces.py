@@ -74,9 +74,10 @@ def ray_node(host: str, number: int) -> Iterator[None]:
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait(done: Any, patience_s: float) -> None:
@@ -96,6 +97,7 @@ def driver(host: str, wanted: dict[str, Any], folder: Path, module: str, *words:
         yield process
     finally:
         process.kill()
+        process.communicate()
 
 
 def ended_well(process: subprocess.Popen[str], patience_s: float = 500) -> None:
