@@ -14,13 +14,14 @@ from raysparse.train.error import TrainingError
 from raysparse.train.run import RunConfig
 
 NOT_IDENTITY = {
-    "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
+    "run": {"workers", "threads", "device", "max_failures", "grace_s", "folder", "name"},
     "logging": ...,
-    "checkpoint": {"keep", "asynchronous", "every"},
+    "training": {"on_nan"},
+    "checkpoint": {"keep", "asynchronous", "every", "patience_s"},
     "sharding": {"packed"},
     "optimizer": {"state"},
 }
-"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
+"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding, and what follows a NaN)."""
 
 
 @dataclass(frozen=True)
