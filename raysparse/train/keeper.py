@@ -34,6 +34,10 @@ CONTROL_TIMEOUT = timedelta(minutes=30)
 """Of the keepers' own group: rank 0 may wait for a manager that is being restarted, or read a journal."""
 
 
+STORAGE_PATIENCE_S = 120.0
+"""How long an update waits for a journal that cannot be written."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What an update did, for logs.
@@ -122,7 +126,7 @@ class Keeper:
         born = {name: proposal.masks[name] & ~self.topology.masks[name] for name in proposal.grown}
         votes = self._gather(before, expected, after, proposal.masks, born)
         seconds = time.perf_counter() - began
-        self._agreed(lambda manager: manager.commit(self._attempt, update.version, step, votes, seconds, skipped))
+        self._agreed(lambda manager: _patiently(lambda: manager.commit(self._attempt, update.version, step, votes, seconds, skipped)))
         if not skipped:
             self._swap(proposal, values, rule.resets_state)
             self.live, self._sums = dict(update.nnz), after
@@ -226,3 +230,11 @@ class Keeper:
         if not verdict.ok:
             raise TrainingError(verdict.why)
         return verdict
+
+
+def _patiently(ask: Callable[[], Verdict]) -> Verdict:
+    """The verdict, asked for again while the journal's storage is full or away. Training waits: no version is trained on before."""
+    deadline = time.monotonic() + STORAGE_PATIENCE_S
+    while (verdict := ask()).later and time.monotonic() < deadline:
+        time.sleep(1.0)
+    return verdict
