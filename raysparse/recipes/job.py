@@ -17,13 +17,14 @@ GOES_ON = ("pretrain", "finetune")
 """Verbs that write checkpoints, and so may change the number of their workers in the middle."""
 
 NOT_IDENTITY = {
-    "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
+    "run": {"workers", "threads", "device", "max_failures", "grace_s", "folder", "name"},
     "logging": ...,
-    "checkpoint": {"keep", "asynchronous", "every"},
+    "training": {"on_nan"},
+    "checkpoint": {"keep", "asynchronous", "every", "patience_s"},
     "sharding": {"packed"},
     "optimizer": {"state"},
 }
-"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
+"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding, and what follows a NaN)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -25,9 +24,7 @@ from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
-from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Topology
-from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import FILE as KERNELS
@@ -37,6 +34,7 @@ from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from raysparse.train.placement import largest_share, scattered, show_shares
 from raysparse.train.process import forget_peak_memory, peak_memory_bytes
+from raysparse.train.recovery import resume
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Judged, Pace, State, Training, TrainingConfig
@@ -159,22 +157,15 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         topology.kill(sharded.local)
     live = topology is not None and config.optimizer.keeps_live(parts.agenda)
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity, topology if live else None)
-    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, parts.agenda)
-    state, ledger, history = State(), Ledger(parts.convention), []
-    if (found := checkpointer.newest()) is not None:
-        extra = checkpointer.load(found)
-        state = State(**extra["state"])
-        ledger = Ledger.from_dict(extra["ledger"])
-        history = [] if topology is None else read_history(found)
-        run.show({"text": f"{job.path.name}: going on from {found.name}"})
+
+    def tell(text: str) -> None:
+        run.show({"text": f"{job.path.name}: {text}"})
+
+    folder, guard = job.path / "checkpoints", lambda: check_claim(job)
+    checkpointer = Checkpointer(folder, config.checkpoint, sharded, optimizer, topology, parts.agenda, guard, tell)
     keeper = None
     if topology is not None:
         keeper = Keeper(parts.agenda, topology, sharded, optimizer, lambda: run.manager(job.path / HISTORY))
-        keeper.begin(state.step, history)
-        if found is not None:
-            keeper.published(str(found), state.step)
-    if run.rank == 0:
-        metrics.rewind(job.path, state.step)
     arch = flops_architecture(parts.model)
     training = Training(
         stage=job.path.name,
@@ -196,14 +187,12 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         context=parts.tokens_per_sequence,
         arch=arch,
         frozen=dict.fromkeys(needs_no_gradient([*arch.linears, arch.head], {n: p.trained for n, p in sharded.parts.items()}), 0),
-        ledger=ledger,
+        ledger=Ledger(parts.convention),
         checkpointer=checkpointer,
-        meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
+        meter=Meter(job.path, config.logging, enabled=run.rank == 0),
         run=run,
-        guard=lambda: check_claim(job),
     )
-    training.follow()
-    return training, state
+    return training, resume(training)
 
 
 def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
@@ -214,17 +203,6 @@ def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
     dist.all_gather_object(nodes, run.node)
     if (told := scattered(config.sharding, nodes)) is not None:
         run.show({"text": told})
-
-
-def read_history(found: Path) -> list[dict[str, Any]]:
-    """What a checkpoint knows of the topology up to it."""
-    file = found / HISTORY
-    if not file.exists():
-        raise ConfigError(
-            f"Expected {HISTORY} in the checkpoint {found}. Got none: it is of a version of raysparse that did not keep a history. "
-            f"Choose another run.name; sparsity.masks={found} starts from its masks."
-        )
-    return MaskManager(file).history()
 
 
 def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:
@@ -265,7 +243,8 @@ def carry_out(
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     t.judge = judge
-    state = train(t, state)
+    with run.heeding():
+        state = train(t, state)
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     if (last := parts.agenda.spans[-1].phase.attention).type != "full":

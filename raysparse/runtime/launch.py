@@ -2,20 +2,22 @@
 
 import logging
 import os
+import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer, current_thread, main_thread
 from typing import Any, cast
 
 from raysparse.config import ConfigError
 from raysparse.recipes.job import Job, finished
 from raysparse.runtime.mask_actor import managers
 from raysparse.runtime.nodes import check_storage, grows
-from raysparse.runtime.ray_run import PROGRESS, follow
-from raysparse.train.error import TrainingError
+from raysparse.runtime.ray_run import LEAVE, PROGRESS, RESIZE, follow
+from raysparse.train.error import Left, TrainingError
 from raysparse.train.metrics import Console
 from raysparse.train.run import RunConfig
 
@@ -49,6 +51,7 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     Raises:
         ConfigError: the cluster cannot hold the workers, or what a rank found wrong in the config or data.
         TrainingError: the run cannot go on (NaN, say); it is not retried.
+        Left: this process was told to end (SIGTERM), and the workers have saved and left.
     """
     done = [summary for summary in map(finished, jobs) if summary is not None]
     if len(done) == len(jobs):
@@ -64,7 +67,7 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     try:
         check_resources(run)
         check_storage(_folders(jobs))
-        with managers(jobs):
+        with managers(jobs), _passing_on_sigterm(progress.with_name(LEAVE), run.grace_s):
             return _fit(jobs, run, progress)
     finally:
         stop.set()
@@ -151,6 +154,37 @@ def uses_gpu(run: RunConfig) -> bool:
     return run.device == "cuda" or (run.device == "auto" and ray.cluster_resources().get("GPU", 0) >= run.sizes[0])
 
 
+@contextmanager
+def _passing_on_sigterm(leave: Path, grace_s: float) -> Iterator[None]:
+    """Inside, a SIGTERM asks the workers to save and leave; this process waits for them, up to `grace_s`, or to a second SIGTERM.
+
+    `ray job stop`, and whoever takes a machine back, signals this process alone.
+    """
+    leave.unlink(missing_ok=True)
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    timer = Timer(grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+
+    def late(*_: object) -> None:
+        raise KeyboardInterrupt("The workers did not save and leave in time. The same command goes on from the last checkpoint.")
+
+    def ask(*_: object) -> None:
+        signal.signal(signal.SIGTERM, late)
+        leave.touch()
+        timer.start()
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+        leave.unlink(missing_ok=True)
+
+
 def _folders(jobs: Sequence[Job]) -> list[Path]:
     """Where the jobs read and write: those of the runs, and the caches of what was prepared."""
     caches = {cache for job in jobs for at in (job.config, job.config.get("data", {})) if (cache := at.get("cache_dir"))}
@@ -164,10 +198,13 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
     from ray.train.v2.api.exceptions import ControllerError
 
     from raysparse.runtime.backend import Backend
+    from raysparse.runtime.resize import SaveFirst
     from raysparse.runtime.worker import work
 
     api: Any = ray.train  # its types are a union of two generations of the API
     gpu = uses_gpu(run)
+    resize = run.path / RESIZE
+    resize.unlink(missing_ok=True)
     for attempt in range(run.max_failures + 1):
         _forget_snapshot(run)
         trainer = cast(Any, TorchTrainer)(
@@ -180,6 +217,7 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
             run_config=api.RunConfig(
                 name=run.name,
                 storage_path=str(run.path.parent),
+                callbacks=[SaveFirst(resize, run.grace_s)] if run.elastic else [],
                 failure_config=api.FailureConfig(max_failures=run.max_failures),
                 checkpoint_config=api.CheckpointConfig(num_to_keep=None),  # raysparse deletes its own, in all runtimes alike
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(run.threads)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})},
@@ -196,7 +234,7 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
             time.sleep(2**attempt)
             continue
         if "error" in result:
-            raise {"ConfigError": ConfigError, "TrainingError": TrainingError}[result["kind"]](result["error"])
+            raise {"ConfigError": ConfigError, "TrainingError": TrainingError, "Left": Left}[result["kind"]](result["error"])
         return result["summaries"]
     raise AssertionError("unreachable")
 

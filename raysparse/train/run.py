@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,6 +14,7 @@ from raysparse.config import Config, ConfigError
 from raysparse.sparsity.agenda import TopologyUpdate
 from raysparse.sparsity.manager import MaskManager, Verdict, Vote
 from raysparse.train.metrics import Console
+from raysparse.train.process import Signals
 
 
 class RunConfig(Config):
@@ -35,6 +37,8 @@ class RunConfig(Config):
     """Of the computation; weights and optimizer state are float32 always. auto: bfloat16 on CUDA, float32 on CPU."""
     parity: bool = False
     """Rank 0 carries the whole batch, the others add exact zeros: slow, but bit-equal at any number of workers. For checking."""
+    grace_s: float = Field(60.0, gt=0)
+    """How long workers on Ray may take to save and leave when the command is told to end (SIGTERM); then it ends without them."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
 
@@ -107,6 +111,14 @@ class Run(Protocol):
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a training record, or ``{"text": ...}``, to the user; only rank 0's are shown."""
 
+    def heeding(self) -> AbstractContextManager[None]:
+        """Inside, whoever tells the run to end is heeded by `leaving`."""
+        ...
+
+    def leaving(self) -> bool:
+        """Whether this rank was told to save and leave; asked in every step. One rank that says so is enough."""
+        ...
+
 
 class LocalRun:
     """The ranks of the default process group: this process alone, or torchrun's."""
@@ -117,7 +129,7 @@ class LocalRun:
         """
         self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
         self.node = platform.node()
-        self._committed = committed
+        self._committed, self._signals = committed, Signals()
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         if self._committed is not None and self.rank == 0:
@@ -129,6 +141,12 @@ class LocalRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self.rank == 0:
             self._console.show(record)
+
+    def heeding(self) -> AbstractContextManager[None]:
+        return self._signals.heeded()
+
+    def leaving(self) -> bool:
+        return self._signals.seen
 
 
 def resolve_device(config: RunConfig) -> str:

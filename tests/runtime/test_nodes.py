@@ -117,3 +117,18 @@ def test_a_run_goes_on_smaller_and_grows_again(pretrain_values, tmp_path, rule):
     else:
         assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
         torch.testing.assert_close(a, b, rtol=0, atol=5e-2)
+    (lost, _), (kept, at) = restarts(Path(pretrain_values["run"]["folder"]) / "elastic")
+    assert 0 <= lost <= 20  # steps that were done again: of the node that died up to a checkpoint's interval
+    assert kept == 0, f"the smaller group did not save step {at} before it grew"
+
+
+def restarts(job: Path) -> list[tuple[int, int]]:
+    """(steps that were done again, step that the new group went on from) of each group but the first."""
+    found, last = [], 0
+    for line in (job / "progress.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "going on from step_" in record.get("text", ""):
+            begins = int(record["text"].rpartition("_")[2])
+            found.append((last - begins, begins))
+        last = record["step"] if "loss" in record else last
+    return found
