@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from raysparse.train.error import TrainingError
+    from raysparse.train.error import Left, TrainingError
     from raysparse.train.process import torchrun_rank
 
     kind = _config_type(args.verb, files, overrides)
@@ -228,6 +228,10 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
     except TrainingError as error:
         print(f"raysparse: {error}", file=sys.stderr)
         return 1
+    except Left as error:
+        if rank == 0:
+            print(f"raysparse: {error}", file=sys.stderr)
+        return 143  # as of a process that SIGTERM has ended: whoever sent it sees that the run is not finished
     print(json.dumps(facts, indent=1) if args.json else text)
     return 0
 

@@ -114,7 +114,7 @@ def concurrency(config: SearchConfig) -> int:
 
     need, nodes = per_worker(config.run), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     slots = [min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes]
-    fits = sum(slots) // config.run.workers
+    fits = sum(slots) // config.run.sizes[-1]
     if grows():
         return config.max_concurrent or max(1, fits)
     if not fits:

@@ -66,6 +66,7 @@ def dry_run(config: CompareConfig) -> dict[str, Any]:
 
 def check(config: CompareConfig) -> tuple[dict[str, PretrainConfig], dict[str, FinetuneConfig]]:
     """The configs of all stages, before anything is written; raises a `ConfigError` for stages that do not fit."""
+    config.run.check_fixed("the seconds of the stages are compared")
     if (config.run.path / "identity.json").exists():
         raise ConfigError(f"Expected {config.run.path} to be new or a comparison. Got a run of another verb. Choose another run.name.")
     pretrained = pretrain_configs(config)

@@ -13,14 +13,18 @@ from raysparse.train import checkpoint
 from raysparse.train.error import TrainingError
 from raysparse.train.run import RunConfig
 
+GOES_ON = ("pretrain", "finetune")
+"""Verbs that write checkpoints, and so may change the number of their workers in the middle."""
+
 NOT_IDENTITY = {
-    "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
+    "run": {"workers", "threads", "device", "max_failures", "grace_s", "folder", "name"},
     "logging": ...,
-    "checkpoint": {"keep", "asynchronous", "every"},
+    "training": {"on_nan"},
+    "checkpoint": {"keep", "asynchronous", "every", "patience_s"},
     "sharding": {"packed"},
     "optimizer": {"state"},
 }
-"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
+"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding, and what follows a NaN)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
         ConfigError: the name belongs to a run with another config or to something else, the folder cannot be written, or all
             of its checkpoints are damaged.
     """
+    if verb not in GOES_ON:
+        run.check_fixed(f"`raysparse {verb}` writes no checkpoints and would begin again with every change")
     folder, used = run.path, run.path / "identity.json"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

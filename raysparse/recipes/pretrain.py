@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def sparse_shapes(config: PretrainConfig, model: Any) -> dict[str, tuple[int, in
     names = select(model, config.sparsity.include, config.sparsity.exclude)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.sparsity.wants_masks:
-        shards = max(1, config.run.workers // config.sharding.replicas) if config.sharding.type == "fsdp2" else 1
-        checks = [lambda name=name: config.sparsity.pattern.check_shape(name, shapes[name], shards) for name in names]
+        sharded = config.sharding.type == "fsdp2"
+        shards = {max(1, size // config.sharding.replicas) if sharded else 1 for size in config.run.sizes}
+        checks = [lambda at=at: config.sparsity.pattern.check_shape(at[0], shapes[at[0]], at[1]) for at in product(names, sorted(shards))]
         together(*checks)
     return {name: shapes[name] for name in names}
 

@@ -15,8 +15,8 @@ import logging
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
@@ -38,6 +39,7 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.topology import Topology
 from raysparse.train.optimizer import moments, set_masks, state_of
+from raysparse.train.persist import persist
 from raysparse.train.shard import Sharded
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class CheckpointConfig(Config):
     """Older checkpoints are deleted when a newer one is committed."""
     asynchronous: bool = True
     """Write in a background thread while training goes on."""
+    patience_s: float = Field(120.0, ge=0)
+    """How long a save that fails (disk full, storage away) is tried again in the background before it is given up. Training goes on
+    meanwhile, until the next save is due. Three given up in a row, or the last one of a run, are an error (docs/faults.md)."""
 
 
 class Checkpointer:
@@ -68,7 +73,13 @@ class Checkpointer:
         optimizer: Optimizer,
         topology: Topology | None,
         agenda: Agenda,
+        guard: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = log.warning,
     ):
+        """Args:
+        guard: raises a `TrainingError` if the folder is somebody else's by now; rank 0 asks before it touches anything.
+        tell: is told on rank 0 that a save is tried again.
+        """
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
         self._kinds = ("mask", "ever") if agenda.update_steps else ("mask",)  # masks that never change are all that ever lived
@@ -76,7 +87,8 @@ class Checkpointer:
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Any] | None = None
+        self._pending: Future[str | None] | None = None
+        self._guard, self._tell = guard, tell
 
     def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
@@ -89,27 +101,22 @@ class Checkpointer:
         """
         self.wait()
         path = self.path(step)
-        if dist.get_rank() == 0 and path.exists():
-            shutil.rmtree(path)  # half-written by an attempt that died
-        dist.barrier(self._group)
         shapes = {} if self._topology is None else self._topology.shapes
         state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
         if self._config.asynchronous:
-            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
-            self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
-        else:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._pending = self._thread.submit(lambda: self._commit(path, None, protect, notes or {}))
+            state = cast("dict[str, Any]", DefaultStager(StagingOptions(False, False, False, False)).stage(state))
+        self._pending = self._thread.submit(self._write, path, state, protect, notes or {})
+        if not self._config.asynchronous:
+            wait([self._pending])
         return path
 
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
 
-    def wait(self) -> None:
-        """Until the save in flight is committed; raises what it raised."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+    def wait(self) -> str | None:
+        """Until the save in flight is committed, or given up: what went wrong with it, the same on every rank."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
 
     def newest(self) -> Path | None:
         """`newest` of the folder, as rank 0 finds it: one reader of all files is enough, and all ranks go on from the same."""
@@ -231,22 +238,42 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
-        """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
-        if written is not None:
-            written.result()
-        if dist.get_rank() != 0:
-            return
+    def _write(self, path: Path, state: dict[str, Any], protect: int, notes: Mapping[str, str]) -> str | None:
+        """In the background: write and commit; what went wrong, if it was given up, is left nothing of."""
+
+        def store() -> None:
+            dcp.save(state, checkpoint_id=path, process_group=self._group)
+
+        def tell(problem: str) -> None:
+            self._tell(f"{path.name} could not be written ({problem}); it is tried again for {self._config.patience_s:g} s")
+
+        parts = lambda: self._make_way(path), store, lambda: self._commit(path, notes)
+        problem = persist(*parts, self._group, self._config.patience_s, tell)
+        if dist.get_rank() == 0:
+            self._prune(path, protect) if problem is None else shutil.rmtree(path, ignore_errors=True)
+        return problem
+
+    def _make_way(self, path: Path) -> None:
+        """Away with what an attempt that died or failed has half-written."""
+        self._guard()
+        if path.exists():
+            shutil.rmtree(path)
+
+    def _commit(self, path: Path, notes: Mapping[str, str]) -> None:
+        """Every rank has written its part: mark the checkpoint."""
+        self._guard()
         for name, text in notes.items():
             (path / name).write_text(text, encoding="utf-8")
         files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
         partial = path / f"{MARKER}.partial"
         partial.write_text(json.dumps({"files": files}))
         partial.rename(path / MARKER)
+
+    def _prune(self, path: Path, protect: int) -> None:
         older = [checkpoint for checkpoint in committed(self._folder) if checkpoint < path]  # a later one is damaged
         for old in older[: max(0, len(older) + 1 - self._config.keep)]:
             if old != self.path(protect):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # what stays goes with the next one
 
 
 def load_alone(path: Path, state: dict[str, Any]) -> None:
