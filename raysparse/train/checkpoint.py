@@ -8,6 +8,9 @@ Of a weight that has a mask the live elements alone are stored, row by row: thos
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
 every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
+
+Weights, moments and masks change only where the optimizer steps. So a background thread copies them while the next forward and
+backward passes read them, and `Checkpointer.staged` is what the step waits for: mostly for nothing.
 """
 
 import json
@@ -19,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -27,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
@@ -54,7 +59,7 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1)
     """Older checkpoints are deleted when a newer one is committed."""
     asynchronous: bool = True
-    """Write in a background thread while training goes on."""
+    """Copy and write in a background thread while training goes on; the copy takes as much memory as the checkpoint has bytes."""
 
 
 class Checkpointer:
@@ -76,7 +81,9 @@ class Checkpointer:
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Any] | None = None
+        self._pending: Future[None] | None = None
+        self._staged = Event()
+        self._staged.set()
 
     def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
@@ -93,14 +100,16 @@ class Checkpointer:
             shutil.rmtree(path)  # half-written by an attempt that died
         dist.barrier(self._group)
         shapes = {} if self._topology is None else self._topology.shapes
-        state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
-        if self._config.asynchronous:
-            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
-            self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
-        else:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._pending = self._thread.submit(lambda: self._commit(path, None, protect, notes or {}))
+        text = json.dumps(dict(extra) | {"step": step, "shapes": shapes})
+        self._staged.clear()
+        self._pending = self._thread.submit(self._write, path, text, protect, dict(notes or {}))
+        if not self._config.asynchronous:
+            self.wait()
         return path
+
+    def staged(self) -> None:
+        """Until the save in flight has its copy: from here on weights, moments and masks may change. `wait` tells if it failed."""
+        self._staged.wait()
 
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
@@ -130,6 +139,7 @@ class Checkpointer:
         Raises:
             ConfigError: it is of another model.
         """
+        self.staged()
         stored = self._check(path)
         counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
         state: dict[str, Any] = self._whole() | counts | {"extra": ""}
@@ -231,12 +241,20 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
-        """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
-        if written is not None:
-            written.result()
-        if dist.get_rank() != 0:
-            return
+    def _write(self, path: Path, extra: str, protect: int, notes: Mapping[str, str]) -> None:
+        """In the background: copy this rank's part, write it, and when every rank has (rank 0 comes to know) mark the checkpoint."""
+        try:
+            with torch.cuda.device_of(next(iter(self._sharded.parts.values())).local):  # threads begin on the first GPU
+                state = self._whole() | self._parts()
+                if self._config.asynchronous:
+                    state = cast("dict[str, Any]", DefaultStager(StagingOptions(False, False, False, False)).stage(state))
+        finally:
+            self._staged.set()
+        dcp.save(state | {"extra": extra}, checkpoint_id=path, process_group=self._group)
+        if dist.get_rank() == 0:
+            self._commit(path, protect, notes)
+
+    def _commit(self, path: Path, protect: int, notes: Mapping[str, str]) -> None:
         for name, text in notes.items():
             (path / name).write_text(text, encoding="utf-8")
         files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
