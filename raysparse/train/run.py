@@ -34,7 +34,8 @@ class RunConfig(Config):
     parity: bool = False
     """Rank 0 carries the whole batch, the others add exact zeros: slow, but bit-equal at any number of workers. For checking."""
     max_failures: int = Field(3, ge=0)
-    """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
+    """How often lost workers are replaced, each time from the last checkpoint; a run that has saved a newer one since is replaced as often
+    again, so that a long run outlives any number of losses. 0: never."""
 
     @property
     def path(self) -> Path:
