@@ -16,7 +16,6 @@ backward passes read them, and `Checkpointer.staged` is what the step waits for:
 import json
 import logging
 import shutil
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +42,7 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.topology import Topology
 from raysparse.train.optimizer import moments, set_masks, state_of
+from raysparse.train.reading import Reader, read
 from raysparse.train.shard import Sharded
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Checkpointer:
         stored = self._check(path)
         counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
         state: dict[str, Any] = self._whole() | counts | {"extra": ""}
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        read(state, path, self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
             if part.mine:
@@ -221,7 +221,7 @@ class Checkpointer:
                 if first < last:
                     parts[key] = torch.empty(size)
                     moves.append((key, slice(first - offset, last - offset), slice(first - begin, last - begin)))
-            load_alone(path, parts)  # weight by weight, for parts are read whole
+            read(parts, path, None)  # weight by weight, for parts are read whole
             for key, there, here in moves:
                 target[here] = parts[key][there]
             if target is not value:
@@ -267,23 +267,16 @@ class Checkpointer:
                 shutil.rmtree(old)
 
 
-def load_alone(path: Path, state: dict[str, Any]) -> None:
-    """Fill tensors from a checkpoint in this process, whatever others do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-
-
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of each tensor in a checkpoint, as the top of this file names them."""
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = Reader(path).read_metadata().state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def extra_of(path: Path) -> dict[str, Any]:
     """What a checkpoint was saved with as ``extra``, its ``step``, and the ``shapes`` of the weights that have masks."""
     state = {"extra": ""}
-    load_alone(path, state)
+    read(state, path, None)
     return json.loads(state["extra"])
 
 
@@ -291,7 +284,7 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     """Name -> whole mask, [rows, ceil(cols / 8)] uint8; empty for a dense model."""
     state = {key: torch.empty(shape, dtype=torch.uint8) for key, shape in stored_shapes(path).items() if key.startswith("mask/")}
     if state:
-        load_alone(path, state)
+        read(state, path, None)
     return {key.removeprefix("mask/"): bits for key, bits in state.items()}
 
 
@@ -306,7 +299,7 @@ def sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> whole weight with its zeros, float32, whatever number of ranks wrote it."""
     state = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith("model/")}
-    load_alone(path, state)
+    read(state, path, None)
     weights = {key.removeprefix("model/"): value for key, value in state.items() if key.count("/") == 1}
     masks, shapes = read_masks(path), sparse_shapes(path)
     for name in [name for name in masks if name not in weights]:
