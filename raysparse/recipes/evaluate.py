@@ -209,7 +209,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a model folder with a tokenizer, or a hub name, at {folder}. Got: {str(error).splitlines()[0]}. Correct the model."

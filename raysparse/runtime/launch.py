@@ -17,6 +17,7 @@ from raysparse.recipes.job import Job, finished
 from raysparse.runtime.mask_actor import managers
 from raysparse.runtime.nodes import check_storage, grows
 from raysparse.runtime.ray_run import LEAVE, PROGRESS, RESIZE, follow
+from raysparse.train.checkpoint import committed
 from raysparse.train.error import Left, TrainingError
 from raysparse.train.metrics import Console
 from raysparse.train.run import RunConfig
@@ -45,8 +46,8 @@ LOOKS_EVERY_S = 30.0
 def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[str, Any]]:
     """Carry out the jobs one after another in one group of as many ranks as `run.workers` allows; returns their summaries.
 
-    Ranks that die are replaced up to ``run.max_failures`` times; the group then skips the jobs that are finished and goes on
-    from the newest checkpoint of the one that is not.
+    Ranks that die are replaced up to ``run.max_failures`` times, and as often again where a newer checkpoint was saved meanwhile; the
+    group then skips the jobs that are finished and goes on from the newest checkpoint of the one that is not.
 
     Raises:
         ConfigError: the cluster cannot hold the workers, or what a rank found wrong in the config or data.
@@ -195,17 +196,18 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     from raysparse.runtime.backend import Backend
     from raysparse.runtime.resize import SaveFirst
     from raysparse.runtime.worker import work
 
     api: Any = ray.train  # its types are a union of two generations of the API
-    gpu = uses_gpu(run)
+    gpu, attempt = uses_gpu(run), 0
     resize = run.path / RESIZE
     resize.unlink(missing_ok=True)
-    for attempt in range(run.max_failures + 1):
+    while True:
+        before = _saved(jobs)
         _forget_snapshot(run)
         trainer = cast(Any, TorchTrainer)(
             work,
@@ -227,16 +229,26 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
             result = trainer.fit().return_value
         except SystemExit:  # Ray Train's handler of Ctrl-C
             raise KeyboardInterrupt from None
-        except ControllerError as error:  # a group that could not start; Train itself does not try again
-            if attempt == run.max_failures:
+        except TrainingFailedError as error:
+            if _saved(jobs) > before and run.max_failures:  # Train counts the losses of its whole life
+                attempt = 0
+            elif isinstance(error, ControllerError) and attempt < run.max_failures:  # no group could start; Train does not try again
+                attempt += 1
+            else:
                 raise
-            log.warning("The worker group could not start (%s); trying again in %s s.", error, 2**attempt)
+            log.warning("The worker group was lost (%s); trying again in %s s.", error, 2**attempt)
             time.sleep(2**attempt)
             continue
         if "error" in result:
             raise {"ConfigError": ConfigError, "TrainingError": TrainingError, "Left": Left}[result["kind"]](result["error"])
         return result["summaries"]
-    raise AssertionError("unreachable")
+
+
+def _saved(jobs: Sequence[Job]) -> tuple[int, str]:
+    """How far the jobs would go on from: how many are finished, and the newest checkpoint of the one that is not."""
+    done = [finished(job) is not None for job in jobs]
+    checkpoints = committed(jobs[done.index(False)].path / "checkpoints") if False in done else []
+    return sum(done), checkpoints[-1].name if checkpoints else ""
 
 
 def per_worker(run: RunConfig) -> dict[str, float]:

@@ -8,17 +8,20 @@ Of a weight that has a mask the live elements alone are stored, row by row: thos
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
 every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
+
+Weights, moments and masks change only where the optimizer steps. So a background thread copies them while the next forward and
+backward passes read them, and `Checkpointer.staged` is what the step waits for: mostly for nothing.
 """
 
 import json
 import logging
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -40,6 +43,7 @@ from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.topology import Topology
 from raysparse.train.optimizer import moments, set_masks, state_of
 from raysparse.train.persist import persist
+from raysparse.train.reading import Reader, read
 from raysparse.train.shard import Sharded
 
 log = logging.getLogger(__name__)
@@ -56,7 +60,7 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1)
     """Older checkpoints are deleted when a newer one is committed."""
     asynchronous: bool = True
-    """Write in a background thread while training goes on."""
+    """Copy and write in a background thread while training goes on; the copy takes as much memory as the checkpoint has bytes."""
     patience_s: float = Field(120.0, ge=0)
     """How long a save that fails (disk full, storage away) is tried again in the background before it is given up. Training goes on
     meanwhile, until the next save is due. Three given up in a row, or the last one of a run, are an error (docs/faults.md)."""
@@ -89,6 +93,8 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
         self._guard, self._tell = guard, tell
+        self._staged = Event()
+        self._staged.set()
 
     def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
@@ -102,13 +108,16 @@ class Checkpointer:
         self.wait()
         path = self.path(step)
         shapes = {} if self._topology is None else self._topology.shapes
-        state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
-        if self._config.asynchronous:
-            state = cast("dict[str, Any]", DefaultStager(StagingOptions(False, False, False, False)).stage(state))
-        self._pending = self._thread.submit(self._write, path, state, protect, notes or {})
+        text = json.dumps(dict(extra) | {"step": step, "shapes": shapes})
+        self._staged.clear()
+        self._pending = self._thread.submit(self._write, path, text, protect, dict(notes or {}))
         if not self._config.asynchronous:
             wait([self._pending])
         return path
+
+    def staged(self) -> None:
+        """Until the save in flight has its copy: from here on weights, moments and masks may change. `wait` tells if it failed."""
+        self._staged.wait()
 
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
@@ -137,10 +146,11 @@ class Checkpointer:
         Raises:
             ConfigError: it is of another model.
         """
+        self.staged()
         stored = self._check(path)
         counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
         state: dict[str, Any] = self._whole() | counts | {"extra": ""}
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        read(state, path, self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
             if part.mine:
@@ -218,7 +228,7 @@ class Checkpointer:
                 if first < last:
                     parts[key] = torch.empty(size)
                     moves.append((key, slice(first - offset, last - offset), slice(first - begin, last - begin)))
-            load_alone(path, parts)  # weight by weight, for parts are read whole
+            read(parts, path, None)  # weight by weight, for parts are read whole
             for key, there, here in moves:
                 target[here] = parts[key][there]
             if target is not value:
@@ -238,8 +248,9 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _write(self, path: Path, state: dict[str, Any], protect: int, notes: Mapping[str, str]) -> str | None:
-        """In the background: write and commit; what went wrong, if it was given up, is left nothing of."""
+    def _write(self, path: Path, extra: str, protect: int, notes: Mapping[str, str]) -> str | None:
+        """In the background: copy this rank's part, write and commit it; what went wrong, if it was given up, is left nothing of."""
+        state = self._copy() | {"extra": extra}
 
         def store() -> None:
             dcp.save(state, checkpoint_id=path, process_group=self._group)
@@ -252,6 +263,17 @@ class Checkpointer:
         if dist.get_rank() == 0:
             self._prune(path, protect) if problem is None else shutil.rmtree(path, ignore_errors=True)
         return problem
+
+    def _copy(self) -> dict[str, Any]:
+        """What this rank stores, as it is now; in synchronous saves it shares memory, for training waits."""
+        try:
+            with torch.cuda.device_of(next(iter(self._sharded.parts.values())).local):  # threads begin on the first GPU
+                state = self._whole() | self._parts()
+                if self._config.asynchronous:
+                    state = cast("dict[str, Any]", DefaultStager(StagingOptions(False, False, False, False)).stage(state))
+            return state
+        finally:
+            self._staged.set()
 
     def _make_way(self, path: Path) -> None:
         """Away with what an attempt that died or failed has half-written."""
@@ -276,23 +298,16 @@ class Checkpointer:
                 shutil.rmtree(old, ignore_errors=True)  # what stays goes with the next one
 
 
-def load_alone(path: Path, state: dict[str, Any]) -> None:
-    """Fill tensors from a checkpoint in this process, whatever others do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-
-
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of each tensor in a checkpoint, as the top of this file names them."""
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = Reader(path).read_metadata().state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def extra_of(path: Path) -> dict[str, Any]:
     """What a checkpoint was saved with as ``extra``, its ``step``, and the ``shapes`` of the weights that have masks."""
     state = {"extra": ""}
-    load_alone(path, state)
+    read(state, path, None)
     return json.loads(state["extra"])
 
 
@@ -300,7 +315,7 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     """Name -> whole mask, [rows, ceil(cols / 8)] uint8; empty for a dense model."""
     state = {key: torch.empty(shape, dtype=torch.uint8) for key, shape in stored_shapes(path).items() if key.startswith("mask/")}
     if state:
-        load_alone(path, state)
+        read(state, path, None)
     return {key.removeprefix("mask/"): bits for key, bits in state.items()}
 
 
@@ -315,7 +330,7 @@ def sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> whole weight with its zeros, float32, whatever number of ranks wrote it."""
     state = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith("model/")}
-    load_alone(path, state)
+    read(state, path, None)
     weights = {key.removeprefix("model/"): value for key, value in state.items() if key.count("/") == 1}
     masks, shapes = read_masks(path), sparse_shapes(path)
     for name in [name for name in masks if name not in weights]:

@@ -124,6 +124,7 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
     Returns:
         The global norm of the live gradients before clipping, whether the optimizer stepped, and what the update did.
     """
+    t.checkpointer.staged()
     gradients = t.sharded.collect()
     change = None if t.keeper is None else t.keeper.evolve(step, gradients)
     if change is not None and change.skipped is None:

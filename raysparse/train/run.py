@@ -40,7 +40,8 @@ class RunConfig(Config):
     grace_s: float = Field(60.0, gt=0)
     """How long workers on Ray may take to save and leave when the command is told to end (SIGTERM); then it ends without them."""
     max_failures: int = Field(3, ge=0)
-    """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
+    """How often lost workers are replaced, each time from the last checkpoint; a run that has saved a newer one since is replaced as often
+    again, so that a long run outlives any number of losses. 0: never."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from raysparse.config import ConfigError
 from raysparse.train import checkpoint, loop
@@ -24,6 +26,10 @@ LOOSE = {"run": {"name": "steps", "seed": 3}}
 PARITY = {"run": {"name": "steps", "seed": 3, "parity": True}}
 # 2 rows in the feed-forward layers: one of 3 ranks has none.
 THIN = {"model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "n_inner": 2, "vocab_size": 101}}}
+
+
+RIGL = {"target": 0.75, "evolution": {"type": "rigl", "update_interval": 1}}
+"""Other masks in every step."""
 
 
 def every(steps: int, keep: int = 10, **more: object) -> dict:
@@ -116,6 +122,19 @@ def test_masks_are_stored_in_one_bit_a_weight(finished):
     assert len(pieces) == 2 * len(stored)
     headers = 1600 * len(pieces)  # of torch's file format
     assert sum(pieces) < bits + headers < bools
+
+
+def test_replicas_write_a_weight_once(tmp_path):
+    """Two copies of the model, each on two ranks, store as many bytes of tensors as one copy."""
+    sizes = []
+    for replicas in (1, 2):
+        folder = tmp_path / str(replicas)
+        spawn(run, 2 * replicas, str(folder), PARITY | every(24) | {"sharding": {"replicas": replicas}}, SPARSE)
+        path = folder / "checkpoints" / "step_00000024"
+        pieces = dcp.FileSystemReader(path).read_metadata().storage_data
+        assert sum(file.stat().st_size for file in path.glob("*.distcp")) == sum(piece.length for piece in pieces.values())
+        sizes.append({index: piece.length for index, piece in pieces.items() if index.fqn != "extra"})
+    assert sizes[0] == sizes[1]
 
 
 def test_marker_knows_every_file(finished):
@@ -352,6 +371,30 @@ def late(folder: str) -> None:
     loop.train(t, state)
 
 
+def copied_late(folder: str) -> None:
+    """Nothing is copied before the next step's gradients are there: an optimizer that does not wait has stepped by then."""
+    t, state = assemble(folder, LOOSE | every(4, asynchronous=True), RIGL)
+    stage, wait, forward_backward, may_copy = DefaultStager.stage, t.checkpointer.wait, loop.forward_backward, threading.Event()
+
+    def held(*args, **kwargs):
+        assert may_copy.wait(60)
+        time.sleep(0.2)
+        return stage(*args, **kwargs)
+
+    def done(*args):
+        result = forward_backward(*args)
+        may_copy.set()
+        return result
+
+    def waited() -> None:
+        may_copy.set()  # no step comes after the last one
+        wait()
+        may_copy.clear()
+
+    t.checkpointer.wait, DefaultStager.stage, loop.forward_backward = waited, held, done
+    loop.train(t, state)
+
+
 def tensors(path: Path) -> dict:
     entries = of_tensors(dcp.FileSystemReader(path).read_metadata())
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
@@ -360,9 +403,10 @@ def tensors(path: Path) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_asynchronous_saving_stores_the_step_it_was_asked_for(tmp_path):
-    spawn(late, 2, str(tmp_path / "late"))
-    spawn(run, 2, str(tmp_path / "at once"), LOOSE | every(4, asynchronous=False), SPARSE)
+@pytest.mark.parametrize(("slow", "sparsity"), [(late, SPARSE), (copied_late, RIGL)], ids=["writing", "copying"])
+def test_asynchronous_saving_stores_the_step_it_was_asked_for(tmp_path, slow, sparsity):
+    spawn(slow, 2, str(tmp_path / "late"))
+    spawn(run, 2, str(tmp_path / "at once"), LOOSE | every(4, asynchronous=False), sparsity)
     paths = [committed(tmp_path / name / "checkpoints") for name in ("late", "at once")]
     assert [path.name for path in paths[0]] == [f"step_{step:08d}" for step in range(4, 25, 4)]
     before = None
