@@ -157,7 +157,7 @@ def _alone(function: Callable[..., Any], *arguments: Any, num_ranks: int = 1) ->
 
 def _save(folder: Path, t: Training) -> Path:
     """A checkpoint of `t`; every rank calls this."""
-    saver = Checkpointer(folder, CheckpointConfig(asynchronous=False), t.sharded, t.optimizer, t.topology, t.agenda)
+    saver = Checkpointer(folder, CheckpointConfig(asynchronous=False), t.sharded, t.optimizer, t.topology, t.agenda, t.guard)
     path = saver.save(1, {})
     saver.wait()
     dist.barrier()

@@ -39,6 +39,10 @@ from raysparse.train.process import forget_peak_memory, peak_memory_bytes
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Judged, Pace, State, Training, TrainingConfig
+from raysparse.train.watch import Watch
+
+HANGS = "hangs"
+"""In a run folder: where each rank stood when a step hung."""
 
 
 class TrainingRunConfig(Config):
@@ -148,7 +152,9 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         topology.kill(sharded.local)
     live = topology is not None and config.optimizer.keeps_live(parts.agenda)
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity, topology if live else None)
-    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, parts.agenda)
+    checkpointer = Checkpointer(
+        job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, parts.agenda, lambda: check_claim(job)
+    )
     state, ledger, history = State(), Ledger(parts.convention), []
     if (found := checkpointer.newest()) is not None:
         extra = checkpointer.load(found)
@@ -190,6 +196,11 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
         run=run,
         guard=lambda: check_claim(job),
+        watch=Watch(
+            config.run.hang_timeout_s if run.is_watched else None,
+            job.path / HANGS / f"rank_{run.rank}.txt",
+            lambda what: run.show({"text": f"{job.path.name}: {what}"}),
+        ),
     )
     training.follow()
     return training, state
@@ -244,12 +255,16 @@ def carry_out(
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     t.judge = judge
-    state = train(t, state)
+    try:
+        state = train(t, state)
+    finally:
+        t.watch.close()
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     if (last := parts.agenda.spans[-1].phase.attention).type != "full":
         run.show({"text": f"{t.stage}: trained and validated with {last.type} attention to the end; the exported model attends fully"})
     weights, masks = gather(t)
+    check_claim(job)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
         write_model(job.path / "export", merge(weights, parts.adapters), masks, parts.model.config, tokenizer, summary)
@@ -259,6 +274,7 @@ def carry_out(
 
 def finish(job: Job, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``summary.json``: from here on the run is finished. Returns the summary; every rank calls this."""
+    check_claim(job)
     if run.rank == 0:
         write_atomically(job.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     dist.barrier()

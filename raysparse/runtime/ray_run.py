@@ -19,6 +19,8 @@ PROGRESS = "progress.jsonl"
 class RayRun:
     """`Run` over ray.train."""
 
+    is_watched = True
+
     def __init__(self, progress: Path):
         import ray.train
 

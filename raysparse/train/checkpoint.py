@@ -6,16 +6,18 @@ Of a weight that has a mask the live elements alone are stored, row by row: thos
 ``model/<name>``, ``mask/<name>``, ``ever/<name>``. Frozen weights have no moments.
 
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
-every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
+every file: a folder without a marker, or that differs from it, is not a checkpoint. Until then it has a name that only this start of
+the run writes to: ranks of an earlier one, half dead perhaps, cannot touch what is committed. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
 """
 
 import json
 import logging
+import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -68,13 +70,20 @@ class Checkpointer:
         optimizer: Optimizer,
         topology: Topology | None,
         agenda: Agenda,
+        guard: Callable[[], None],
     ):
+        """Args:
+        guard: raises if the run is no longer this process's to write.
+        """
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
         self._kinds = ("mask", "ever") if agenda.update_steps else ("mask",)  # masks that never change are all that ever lived
         self._live = () if topology is None else ("model",) if agenda.keeps_moments else KINDS
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+        own = [secrets.token_hex(4)]
+        dist.broadcast_object_list(own, src=0, group=self._group)
+        self._guard, self._own = guard, own[0]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Any] | None = None
 
@@ -89,17 +98,19 @@ class Checkpointer:
         """
         self.wait()
         path = self.path(step)
-        if dist.get_rank() == 0 and path.exists():
-            shutil.rmtree(path)  # half-written by an attempt that died
+        partial = self._folder / f".{path.name}.{self._own}"
+        if dist.get_rank() == 0:
+            for left in self._folder.glob(".step_*"):  # half-written by an attempt that died
+                shutil.rmtree(left, ignore_errors=True)
         dist.barrier(self._group)
         shapes = {} if self._topology is None else self._topology.shapes
         state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
         if self._config.asynchronous:
-            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
-            self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
+            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=partial, process_group=self._group))
+            self._pending = self._thread.submit(lambda: self._commit(partial, path, written, protect, notes or {}))
         else:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._pending = self._thread.submit(lambda: self._commit(path, None, protect, notes or {}))
+            dcp.save(state, checkpoint_id=partial, process_group=self._group)
+            self._pending = self._thread.submit(lambda: self._commit(partial, path, None, protect, notes or {}))
         return path
 
     def path(self, step: int) -> Path:
@@ -231,18 +242,20 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
+    def _commit(self, partial: Path, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
         """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
         if written is not None:
             written.result()
         if dist.get_rank() != 0:
             return
         for name, text in notes.items():
-            (path / name).write_text(text, encoding="utf-8")
-        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
-        partial = path / f"{MARKER}.partial"
-        partial.write_text(json.dumps({"files": files}))
-        partial.rename(path / MARKER)
+            (partial / name).write_text(text, encoding="utf-8")
+        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps({"files": files}))
+        self._guard()
+        if path.exists():
+            shutil.rmtree(path)  # damaged, or this start would have gone on from it
+        partial.rename(path)
         older = [checkpoint for checkpoint in committed(self._folder) if checkpoint < path]  # a later one is damaged
         for old in older[: max(0, len(older) + 1 - self._config.keep)]:
             if old != self.path(protect):

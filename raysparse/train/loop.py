@@ -28,10 +28,12 @@ def train(t: Training, state: State) -> State:
     """Train from `state` to the end of the run; returns the final state. Every rank calls this."""
     interval = Interval(t, state)
     while state.step < t.pace.steps and not _stale(t, state):
+        t.watch.beat()
         lr, began = _set_lr(t, state.step), time.perf_counter()
         loss, targets, tokens = forward_backward(t, state.step)
         _count(t, state.step, tokens)
         norm, stepped, change = update(t, state.step)
+        t.watch.rest()
         if not math.isfinite(norm):
             raise TrainingError(
                 f"Expected finite gradients in step {state.step + 1} of {t.stage}. Got a NaN or infinity. "
@@ -84,6 +86,7 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int]:
     device = t.device
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches):
+        t.watch.beat()
         with t.sharded.accumulate(last=i == len(micro_batches) - 1):
             loss = _loss(t, batch, device, t.config.label_smoothing)
             (loss / max(1, targets)).backward()

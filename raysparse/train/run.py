@@ -35,6 +35,9 @@ class RunConfig(Config):
     """Rank 0 carries the whole batch, the others add exact zeros: slow, but bit-equal at any number of workers. For checking."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced; each time the run goes on from its last checkpoint."""
+    hang_timeout_s: float = Field(600.0, gt=0)
+    """A worker whose micro-batch takes longer, or that does not answer for so long, hangs and is replaced as if it were lost. Workers of
+    a run in this process (--local) are not watched."""
 
     @property
     def path(self) -> Path:
@@ -68,6 +71,8 @@ class Run(Protocol):
 
     rank: int
     world_size: int
+    is_watched: bool
+    """Whether a hanging step ends this process: nobody debugs it, and somebody sees it end."""
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Every rank calls this once for each checkpoint, in the same order, when its saving has begun."""
@@ -88,6 +93,7 @@ class LocalRun:
         committed: is told of each checkpoint on rank 0, as `Run.committed` is.
         """
         self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
+        self.is_watched = self.world_size > 1
         self._committed = committed
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
