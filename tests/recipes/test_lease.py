@@ -115,7 +115,7 @@ def test_a_driver_elsewhere_lives_while_its_file_is_touched(tmp_path, monkeypatc
     thread = Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(ConfigError, match="process .* on far, since noon"):
+        with pytest.raises(ConfigError, match=r"process .* on far, since noon"):
             drive(tmp_path / "run")
     finally:
         over.set()
@@ -195,11 +195,10 @@ def test_of_many_at_once_one_goes_on(tmp_path):
 
 
 def test_what_fails_to_begin_leaves_the_folder_as_it_was(tmp_path):
-    with pytest.raises(RuntimeError), beginning(tmp_path / "runs" / "run"):
-        assert files(tmp_path / "runs" / "run") == ["driver.1.json"]
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), beginning(tmp_path / "runs" / "run"):
+        (tmp_path / "runs" / "run" / "driver.1.json").rename(tmp_path / "none" / "x")
     assert files(tmp_path) == []
     (tmp_path / "runs").mkdir()
-    with pytest.raises(RuntimeError), beginning(tmp_path / "runs" / "run"):
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), beginning(tmp_path / "runs" / "run"):
+        (tmp_path / "none").read_text()
     assert files(tmp_path) == ["runs"]
