@@ -7,6 +7,7 @@ from raysparse.models.build import skeleton
 from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import different_keys
+from raysparse.recipes.lease import is_of_driver
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.report import bytes_text
 from raysparse.runtime.launch import per_worker
@@ -21,7 +22,7 @@ def check_folder(config: SearchConfig, resume: bool) -> None:
     """The search's folder must be new, or hold this very search if it is resumed."""
     file = config.path / CONFIG
     if not file.exists():
-        if config.path.exists() and any(config.path.iterdir()):
+        if config.path.exists() and not all(map(is_of_driver, config.path.iterdir())):
             raise ConfigError(f"Expected {config.path} to be a search, or empty. Got other files there. Choose another run.name.")
         return
     keys = different_keys(read_yaml(file), config.model_dump(mode="json"))

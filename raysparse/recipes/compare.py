@@ -6,7 +6,7 @@ weight alive and once with its mask kept.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError, merge, read_yaml
 from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
-from raysparse.recipes.job import Job, write_atomically
+from raysparse.recipes.job import Job, opening, write_atomically
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.recipes.training import check_sizes
 from raysparse.sparsity.plan import Sparsity
@@ -115,11 +115,14 @@ def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
 def open_runs(config: CompareConfig) -> list[Job]:
     """The jobs of all stages, everything checked that can be checked before the first one has run."""
     pretrained, tuned = check(config)
-    for name, stage in zip(config.methods, pretrained.values(), strict=True):
-        with _in_method(name):
-            pretrain.check(stage)  # of all, before the first folder is made
-    jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
-    return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
+    with ExitStack() as begun:
+        for stage in pretrained.values():
+            begun.enter_context(opening("pretrain", stage, stage.run))
+        for name, stage in zip(config.methods, pretrained.values(), strict=True):
+            with _in_method(name):
+                pretrain.check(stage)  # of all, before the first folder is filled
+        jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
+        return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
 
 
 def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], str]:

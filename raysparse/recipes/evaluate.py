@@ -22,7 +22,7 @@ from raysparse.losses import cross_entropy_sum
 from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.environment import write_environment
-from raysparse.recipes.job import Job, check_folder, open_job, runs_in, write_atomically
+from raysparse.recipes.job import Job, check_folder, open_job, opening, runs_in, write_atomically
 from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example, Split
@@ -78,9 +78,9 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def open_run(config: EvaluateConfig) -> Job:
-    check_folder("evaluate", config, config.run)
-    prepared = check(config)
-    return open_job("evaluate", config, config.run, prepared, prepared["content"])
+    with opening("evaluate", config, config.run):
+        prepared = check(config)
+        return open_job("evaluate", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: EvaluateConfig) -> dict[str, Any]:

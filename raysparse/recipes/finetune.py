@@ -19,7 +19,7 @@ from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, m
 from raysparse.models.build import block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS, write_model
-from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
 from raysparse.sparsity.agenda import Agenda
@@ -132,9 +132,9 @@ def _check_model(config: FinetuneConfig) -> None:
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
     """Check the config and the model (see `check`), make or reopen the run folder."""
-    check_folder("finetune", config, config.run)
-    prepared = check(config, tokenizer_folder)
-    return open_job("finetune", config, config.run, prepared, prepared["content"])
+    with opening("finetune", config, config.run):
+        prepared = check(config, tokenizer_folder)
+        return open_job("finetune", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, Toke
 from raysparse.kernels.bits import pack, unpack
 from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
-from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, has_grain
@@ -150,17 +150,17 @@ def check(config: PretrainConfig) -> Prepared:
 
 def open_run(config: PretrainConfig) -> Job:
     """Check the config, prepare the data, make or reopen the run folder."""
-    check_folder("pretrain", config, config.run)
-    prepared = check(config)
-    content = {"tokens": Path(prepared.train).parent.parent.name}
-    given = given_masks(config, skeleton(config.model, prepared.vocab_size, config.data.context))
-    if given:
-        content["masks"] = _name_masks(given)
-    job = open_job("pretrain", config, config.run, asdict(prepared), content)
-    if given:
-        partial = job.path / f".{FIRST_MASKS}"
-        save_file(given, str(partial))
-        partial.rename(job.path / FIRST_MASKS)
+    with opening("pretrain", config, config.run):
+        prepared = check(config)
+        content = {"tokens": Path(prepared.train).parent.parent.name}
+        given = given_masks(config, skeleton(config.model, prepared.vocab_size, config.data.context))
+        if given:
+            content["masks"] = _name_masks(given)
+        job = open_job("pretrain", config, config.run, asdict(prepared), content)
+        if given:
+            partial = job.path / f".{FIRST_MASKS}"
+            save_file(given, str(partial))
+            partial.rename(job.path / FIRST_MASKS)
     return job
 
 

@@ -38,6 +38,10 @@ from raysparse.train.recovery import resume
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Judged, Pace, State, Training, TrainingConfig
+from raysparse.train.watch import Watch
+
+HANGS = "hangs"
+"""In a run folder: where each rank stood when a step hung."""
 
 
 class TrainingRunConfig(Config):
@@ -191,6 +195,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         checkpointer=checkpointer,
         meter=Meter(job.path, config.logging, enabled=run.rank == 0),
         run=run,
+        watch=Watch(config.run.hang_timeout_s if run.is_watched else None, job.path / HANGS / f"rank_{run.rank}.txt", tell),
     )
     return training, resume(training)
 
@@ -243,13 +248,17 @@ def carry_out(
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     t.judge = judge
-    with run.heeding():
-        state = train(t, state)
+    try:
+        with run.heeding():
+            state = train(t, state)
+    finally:
+        t.watch.close()
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     if (last := parts.agenda.spans[-1].phase.attention).type != "full":
         run.show({"text": f"{t.stage}: trained and validated with {last.type} attention to the end; the exported model attends fully"})
     weights, masks = gather(t)
+    check_claim(job)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
         write_model(job.path / "export", merge(weights, parts.adapters), masks, parts.model.config, tokenizer, summary)
@@ -259,6 +268,7 @@ def carry_out(
 
 def finish(job: Job, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``summary.json``: from here on the run is finished. Returns the summary; every rank calls this."""
+    check_claim(job)
     if run.rank == 0:
         write_atomically(job.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     dist.barrier()

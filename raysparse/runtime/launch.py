@@ -13,7 +13,7 @@ from threading import Event, Thread, Timer, current_thread, main_thread
 from typing import Any, cast
 
 from raysparse.config import ConfigError
-from raysparse.recipes.job import Job, finished
+from raysparse.recipes.job import Job, carrying_out, finished
 from raysparse.runtime.mask_actor import managers
 from raysparse.runtime.nodes import check_storage, grows
 from raysparse.runtime.ray_run import LEAVE, PROGRESS, RESIZE, follow
@@ -34,6 +34,9 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # Ray's 15 would starve the workers beside anything else
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after shutdown must not start another cluster
 }
+
+PATIENCE_S = 1800
+"""How long ranks wait for one that judges, exports or reads alone; what hangs in a step, or is stopped, is ended by run.hang_timeout_s."""
 
 
 ELASTIC = SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
@@ -66,10 +69,11 @@ def launch(jobs: Sequence[Job], run: RunConfig, console: Console) -> list[dict[s
     watcher = Thread(target=follow, args=(progress, console, stop), daemon=True)
     watcher.start()
     try:
-        check_resources(run)
-        check_storage(_folders(jobs))
-        with managers(jobs), _passing_on_sigterm(progress.with_name(LEAVE), run.grace_s):
-            return _fit(jobs, run, progress)
+        with carrying_out(jobs):
+            check_resources(run)
+            check_storage(_folders(jobs))
+            with managers(jobs), _passing_on_sigterm(progress.with_name(LEAVE), run.grace_s):
+                return _fit(jobs, run, progress)
     finally:
         stop.set()
         watcher.join()
@@ -196,6 +200,7 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     from raysparse.runtime.backend import Backend
@@ -204,6 +209,7 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
 
     api: Any = ray.train  # its types are a union of two generations of the API
     gpu, attempt = uses_gpu(run), 0
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(run.hang_timeout_s)
     resize = run.path / RESIZE
     resize.unlink(missing_ok=True)
     while True:
@@ -212,7 +218,7 @@ def _fit(jobs: Sequence[Job], run: RunConfig, progress: Path) -> list[dict[str, 
         trainer = cast(Any, TorchTrainer)(
             work,
             train_loop_config={"jobs": [asdict(job) for job in jobs], "threads": run.threads, "progress": str(progress)},
-            torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=300),
+            torch_config=Backend(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_S),
             scaling_config=api.ScalingConfig(
                 num_workers=run.workers, use_gpu=gpu, resources_per_worker=per_worker(run), elastic_resize_monitor_interval_s=LOOKS_EVERY_S
             ),

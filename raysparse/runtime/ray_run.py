@@ -29,6 +29,8 @@ LOOKS_EVERY_S = 0.5
 class RayRun:
     """`Run` over ray.train."""
 
+    is_watched = True
+
     def __init__(self, progress: Path):
         import ray.train
 

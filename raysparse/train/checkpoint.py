@@ -6,7 +6,8 @@ Of a weight that has a mask the live elements alone are stored, row by row: thos
 ``model/<name>``, ``mask/<name>``, ``ever/<name>``. Frozen weights have no moments.
 
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
-every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
+every file: a folder without a marker, or that differs from it, is not a checkpoint. Until then it has a name that only this start of
+the run writes to: ranks of an earlier one, half dead perhaps, cannot touch what is committed. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
 
 Weights, moments and masks change only where the optimizer steps. So a background thread copies them while the next forward and
@@ -15,6 +16,7 @@ backward passes read them, and `Checkpointer.staged` is what the step waits for:
 
 import json
 import logging
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +92,9 @@ class Checkpointer:
         self._live = () if topology is None else ("model",) if agenda.keeps_moments else KINDS
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+        own = [secrets.token_hex(4)]
+        dist.broadcast_object_list(own, src=0, group=self._group)
+        self._own = own[0]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[str | None] | None = None
         self._guard, self._tell = guard, tell
@@ -250,18 +255,17 @@ class Checkpointer:
 
     def _write(self, path: Path, extra: str, protect: int, notes: Mapping[str, str]) -> str | None:
         """In the background: copy this rank's part, write and commit it; what went wrong, if it was given up, is left nothing of."""
-        state = self._copy() | {"extra": extra}
+        state, partial = self._copy() | {"extra": extra}, self._folder / f".{path.name}.{self._own}"
 
         def store() -> None:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
+            dcp.save(state, checkpoint_id=partial, process_group=self._group)
 
         def tell(problem: str) -> None:
             self._tell(f"{path.name} could not be written ({problem}); it is tried again for {self._config.patience_s:g} s")
 
-        parts = lambda: self._make_way(path), store, lambda: self._commit(path, notes)
-        problem = persist(*parts, self._group, self._config.patience_s, tell)
+        problem = persist(self._make_way, store, lambda: self._commit(partial, path, notes), self._group, self._config.patience_s, tell)
         if dist.get_rank() == 0:
-            self._prune(path, protect) if problem is None else shutil.rmtree(path, ignore_errors=True)
+            self._prune(path, protect) if problem is None else shutil.rmtree(partial, ignore_errors=True)
         return problem
 
     def _copy(self) -> dict[str, Any]:
@@ -275,21 +279,22 @@ class Checkpointer:
         finally:
             self._staged.set()
 
-    def _make_way(self, path: Path) -> None:
-        """Away with what an attempt that died or failed has half-written."""
+    def _make_way(self) -> None:
+        """Away with what attempts that died or failed have half-written."""
+        self._guard()
+        for left in self._folder.glob(".step_*"):
+            shutil.rmtree(left)
+
+    def _commit(self, partial: Path, path: Path, notes: Mapping[str, str]) -> None:
+        """Every rank has written its part: mark it, and give it the name of a checkpoint."""
+        for name, text in notes.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps({"files": files}))
         self._guard()
         if path.exists():
-            shutil.rmtree(path)
-
-    def _commit(self, path: Path, notes: Mapping[str, str]) -> None:
-        """Every rank has written its part: mark the checkpoint."""
-        self._guard()
-        for name, text in notes.items():
-            (path / name).write_text(text, encoding="utf-8")
-        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
-        partial = path / f"{MARKER}.partial"
-        partial.write_text(json.dumps({"files": files}))
-        partial.rename(path / MARKER)
+            shutil.rmtree(path)  # damaged, or this start would have gone on from it
+        partial.rename(path)
 
     def _prune(self, path: Path, protect: int) -> None:
         older = [checkpoint for checkpoint in committed(self._folder) if checkpoint < path]  # a later one is damaged

@@ -45,13 +45,16 @@ def train(t: Training, state: State) -> State:
     if t.config.on_nan == "roll_back" and state.step == 0:
         save(t, state, interval)  # there must be something to go back to
     while state.step < t.pace.steps and not _stale(t, state):
+        t.watch.beat()
         lr, began = _set_lr(t, state.step), time.perf_counter()
         done = forward_backward(t, state.step)
         if done is None:
+            t.watch.rest()
             leave(t, state, interval)
         loss, targets, tokens = done
         _count(t, state.step, tokens)
         norm, stepped, change = update(t, state.step)
+        t.watch.rest()
         finite = math.isfinite(norm)
         if not finite and (back := bad_step(t, state)) is not None:
             state, interval = back, Interval(t, back)
@@ -110,6 +113,7 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int] | None:
     device = t.device
     total = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches):
+        t.watch.beat()
         with t.sharded.accumulate(last=i == len(micro_batches) - 1):
             loss = _loss(t, batch, device, t.config.label_smoothing)
             sane = torch.where(loss.detach().isfinite(), 1.0, math.nan)

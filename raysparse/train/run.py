@@ -42,6 +42,9 @@ class RunConfig(Config):
     max_failures: int = Field(3, ge=0)
     """How often lost workers are replaced, each time from the last checkpoint; a run that has saved a newer one since is replaced as often
     again, so that a long run outlives any number of losses. 0: never."""
+    hang_timeout_s: float = Field(600.0, gt=0)
+    """A worker whose micro-batch takes longer, or that does not answer for so long, hangs and is replaced as if it were lost. Workers of
+    a run in this process (--local) are not watched."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -101,6 +104,8 @@ class Run(Protocol):
     world_size: int
     node: str
     """Names the machine that this rank is on."""
+    is_watched: bool
+    """Whether a hanging step ends this process: nobody debugs it, and somebody sees it end."""
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Every rank calls this once for each checkpoint, in the same order, when its saving has begun."""
@@ -129,7 +134,7 @@ class LocalRun:
         committed: is told of each checkpoint on rank 0, as `Run.committed` is.
         """
         self.rank, self.world_size, self._console = dist.get_rank(), dist.get_world_size(), console
-        self.node = platform.node()
+        self.node, self.is_watched = platform.node(), self.world_size > 1
         self._committed, self._signals = committed, Signals()
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:

@@ -28,6 +28,7 @@ from raysparse.train.metrics import Meter
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.run import Run
 from raysparse.train.shard import Sharded
+from raysparse.train.watch import Watch
 
 HISTORY = "topology.jsonl"
 """In a run folder the journal of the topology, in a checkpoint the history up to it: one committed version a line."""
@@ -134,6 +135,7 @@ class Training:
     checkpointer: Checkpointer
     meter: Meter
     run: Run
+    watch: Watch
     judge: "Callable[[Training], Judged] | None" = None
     """Scores the model at a validation; patience and the best checkpoint then go by that and not by the loss. Every rank calls it."""
     saved: tuple[Path, int] | None = None

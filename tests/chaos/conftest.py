@@ -1,5 +1,7 @@
 """Every case of this folder is a fault: what happens, how long until training goes on, what was lost. The table is printed at the end."""
 
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,13 @@ def outcome(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for row in config.stash.get(ROWS, []):
-        back = "ends" if row["recovery_s"] is None else f"{row['recovery_s']:.1f} s"
-        lost = "-" if row["lost_steps"] is None else f"{row['lost_steps']} of at most {row['interval']} steps"
+    rows = config.stash.get(ROWS, [])
+    if not rows:
+        return
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    terminalreporter.write_line(f"\nOn {os.cpu_count()} cores ({platform.machine()}{load}):\n")
+    terminalreporter.write_line("| fault | what happens | training goes on after | steps done again |\n| --- | --- | --- | --- |")
+    for row in rows:
+        back = "it ends" if row["recovery_s"] is None else f"{row['recovery_s']:.1f} s"
+        lost = "-" if row["lost_steps"] is None else f"{row['lost_steps']} of at most {row['interval']}"
         terminalreporter.write_line(f"| {row['case']} | {row['happens']} | {back} | {lost} |")

@@ -159,13 +159,14 @@ def unmarked(folder: str) -> dict:
 def test_folder_without_its_marker_is_not_a_checkpoint(tmp_path):
     (died,) = spawn(unmarked, 1, str(tmp_path))
     assert died["state"]["step"] == 24
-    left = tmp_path / "checkpoints" / "step_00000024"
+    (left,) = (tmp_path / "checkpoints").iterdir()
     assert {file.name for file in left.iterdir()} == {".metadata", "__0_0.distcp", "topology.jsonl"}
     assert newest(tmp_path / "checkpoints") is None
     (again,) = spawn(run, 1, str(tmp_path), LOOSE, SPARSE)
     (other,) = spawn(run, 1, str(tmp_path / "other"), LOOSE, SPARSE)
     assert differences(again, other) == []
-    assert newest(tmp_path / "checkpoints") == left
+    assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000024"
+    assert not left.exists()
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
