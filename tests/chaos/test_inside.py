@@ -81,8 +81,8 @@ def poisoned(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], wh
             output.logits = output.logits * math.nan
         elif what == "gradients":
             output.logits.register_hook(lambda gradient: gradient * math.nan)
-        else:  # a token that is impossible costs infinitely much, and pulls nowhere
-            output.logits = output.logits + torch.tensor([-math.inf] + [0.0] * 100)
+        else:  # tokens that are impossible cost infinitely much, and pull nowhere
+            output.logits = output.logits + torch.tensor([-math.inf] * 50 + [0.0] * 51)
 
     Watched(t, look)
     t.sharded.module.register_forward_hook(spoil)
