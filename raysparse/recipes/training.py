@@ -26,6 +26,7 @@ from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
+from raysparse.train.error import TrainingError
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
@@ -222,8 +223,12 @@ def carry_out(
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     t.judge = judge
-    with run.heeding():
-        state = train(t, state)
+    try:
+        with run.heeding():
+            state = train(t, state)
+    except TrainingError:  # of all ranks
+        t.checkpointer.wait()  # the save in flight, for whoever goes on
+        raise
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     if (last := parts.agenda.spans[-1].phase.attention).type != "full":

@@ -188,6 +188,7 @@ def flipped(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], at:
     try:
         train(t, state)
     except TrainingError as error:
+        t.checkpointer.wait()
         return {"error": str(error), "step": state.step, "saved": [path.name for path in committed(Path(folder) / "checkpoints")]}
     raise AssertionError("trained on")
 

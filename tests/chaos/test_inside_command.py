@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from raysparse.config import merge
+from raysparse.runtime.launch import _passing_on_sigterm
 from raysparse.train.checkpoint import MARKER, committed, load_alone, newest
 from raysparse.train.process import Signals
 from tests.chaos.victim import POINTS
@@ -275,6 +276,20 @@ def test_a_second_sigterm_is_not_held_up():
         assert len(others) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_workers_that_do_not_leave_in_time(tmp_path):
+    """The driver asks by a file; it waits for `run.grace_s` and no longer."""
+    leave = tmp_path / "leave"
+    leave.touch()  # of a driver that was killed
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match="did not save and leave in time"), _passing_on_sigterm(leave, 0.5):
+        assert not leave.exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert leave.exists()
+        time.sleep(30)
+    assert 0.4 < time.monotonic() - began < 20
+    assert not leave.exists()
 
 
 @pytest.mark.ray
