@@ -203,7 +203,6 @@ def test_a_corrupted_mask_is_found_and_not_saved(calm, tmp_path, outcome, method
     every |= {"checkpoint": {"logging": {"every": 100}}, "update": {"logging": {"every": 100}, "checkpoint": {"every": 6}}}
     if look == "checkpoint" and method != "static":
         pytest.skip("an update comes first")
-    began = time.perf_counter()
     found = spawn(flipped, 2, str(tmp_path), sections(**every[look]), METHODS[method], 7)
     expected = {"console": 8, "checkpoint": 10, "update": 8 if method == "mst" else 9}
     for rank in found:
@@ -213,7 +212,6 @@ def test_a_corrupted_mask_is_found_and_not_saved(calm, tmp_path, outcome, method
     assert found[0]["error"] == found[1]["error"]
     saved = 5 if look == "checkpoint" else 6
     assert found[0]["saved"] == [f"step_{saved:08d}"]
-    assert time.perf_counter() - began < 200
     again = spawn(run, 2, str(tmp_path), sections(), METHODS[method])[0]
     assert [key for key in differences(calm(method), again) if key != "history"] == []
     if (method, look) in (("static", "console"), ("mst", "update")):
@@ -265,22 +263,23 @@ def filling(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], ful
     return snapshot(t) | {"nnz": dict(t.nnz), "history": history(folder), "kept": kept}
 
 
-QUICK = {"patience_s": 0.5}
+QUICK = {"patience_s": 1.5}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_a_checkpoint_not_the_run(calm, small_disk, outcome):
-    """Full when steps 10 and 15 are to be saved; their lines of metrics.jsonl come when there is room."""
+    """Full when steps 10 and 15 are to be saved, until step 16; their lines of metrics.jsonl come when there is room."""
     found = spawn(filling, 2, str(small_disk / "run"), sections(checkpoint=QUICK), SPARSE, 7, 16)
     for rank in found:
         assert differences(calm("static"), rank) == []
     assert found[0]["kept"] == [["step_00000005"]]
     assert [path.name for path in committed(small_disk / "run" / "checkpoints")] == ["step_00000020", "step_00000024"]
-    assert events(small_disk / "run") == [("not_saved", 10), ("not_saved", 15)]
+    assert events(small_disk / "run") == [("not_saved", 10)]  # that of step 15 is tried again until there is room
     console = (small_disk / "run" / "console.txt").read_text()
-    assert console.count("step 15 is NOT SAVED: [Errno 28] No space left on device") == 1
+    assert console.count("step 10 is NOT SAVED: [Errno 28] No space left on device") == 1
     assert "step_00000010 could not be written ([Errno 28] No space left on device" in console
-    outcome("disk full during two checkpoints", "said loudly, training goes on, the older checkpoint stays: bit-equal", 0.0, 0, INTERVAL)
+    happens = "tried again, then said loudly; training goes on, the older checkpoint stays: bit-equal"
+    outcome("disk full during a checkpoint", happens, 0.0, 0, INTERVAL)
 
 
 def test_a_disk_that_stays_full_is_an_error(calm, small_disk, outcome):

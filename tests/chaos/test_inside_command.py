@@ -283,11 +283,16 @@ def test_workers_that_do_not_leave_in_time(tmp_path):
     leave = tmp_path / "leave"
     leave.touch()  # of a driver that was killed
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt, match="did not save and leave in time"), _passing_on_sigterm(leave, 0.5):
-        assert not leave.exists()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert leave.exists()
-        time.sleep(30)
+
+    def told() -> None:
+        with _passing_on_sigterm(leave, 0.5):
+            assert not leave.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert leave.exists()
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt, match="did not save and leave in time"):
+        told()
     assert 0.4 < time.monotonic() - began < 20
     assert not leave.exists()
 
