@@ -26,6 +26,7 @@ from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
+from raysparse.train.error import TrainingError
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
@@ -251,6 +252,9 @@ def carry_out(
     try:
         with run.heeding():
             state = train(t, state)
+    except TrainingError:  # of all ranks
+        t.checkpointer.wait()  # the save in flight, for whoever goes on
+        raise
     finally:
         t.watch.close()
     t.meter.close()

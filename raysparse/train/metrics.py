@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,12 @@ class Meter:
         self._file: Any = None
         self._board: Any = None
         self._unwritten = b""
+        self._told = False  # that there is something unwritten
 
     def begin(self, step: int) -> None:
         """The run goes on after `step`: what is there of later ones, of an attempt that died or was taken back, is dropped."""
         self.close()
+        self._unwritten = b""
         if not self._enabled:
             return
         rewind(self._folder, step)
@@ -70,6 +73,7 @@ class Meter:
 
     def close(self) -> None:
         if self._file is not None:
+            self._write()
             self._file.close()
         if self._board is not None:
             self._board.close()
@@ -80,7 +84,9 @@ class Meter:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            log.warning("metrics.jsonl could not be written (%s): its lines are kept, and written with a later one.", error)
+            if not self._told:
+                log.warning("metrics.jsonl could not be written (%s): its lines are kept, and written with a later one.", error)
+        self._told = bool(self._unwritten)
 
     def _draw(self, what: Literal["add_scalar", "add_histogram"], tag: str, value: Any, step: int) -> None:
         if self._board is None:
@@ -148,10 +154,11 @@ class Console:
             self.close()
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with suppress(OSError):  # of a log on a full disk
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
 
 def line(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Faults inside a run, on two ranks: a NaN, a mask that something has written into, a disk that is full or away."""
 
+import itertools
 import json
 import math
 import os
@@ -81,8 +82,8 @@ def poisoned(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], wh
             output.logits = output.logits * math.nan
         elif what == "gradients":
             output.logits.register_hook(lambda gradient: gradient * math.nan)
-        else:  # a token that is impossible costs infinitely much, and pulls nowhere
-            output.logits = output.logits + torch.tensor([-math.inf] + [0.0] * 100)
+        else:  # tokens that are impossible cost infinitely much, and pull nowhere
+            output.logits = output.logits + torch.tensor([-math.inf] * 50 + [0.0] * 51)
 
     Watched(t, look)
     t.sharded.module.register_forward_hook(spoil)
@@ -188,6 +189,7 @@ def flipped(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], at:
     try:
         train(t, state)
     except TrainingError as error:
+        t.checkpointer.wait()
         return {"error": str(error), "step": state.step, "saved": [path.name for path in committed(Path(folder) / "checkpoints")]}
     raise AssertionError("trained on")
 
@@ -202,7 +204,6 @@ def test_a_corrupted_mask_is_found_and_not_saved(calm, tmp_path, outcome, method
     every |= {"checkpoint": {"logging": {"every": 100}}, "update": {"logging": {"every": 100}, "checkpoint": {"every": 6}}}
     if look == "checkpoint" and method != "static":
         pytest.skip("an update comes first")
-    began = time.perf_counter()
     found = spawn(flipped, 2, str(tmp_path), sections(**every[look]), METHODS[method], 7)
     expected = {"console": 8, "checkpoint": 10, "update": 8 if method == "mst" else 9}
     for rank in found:
@@ -212,7 +213,6 @@ def test_a_corrupted_mask_is_found_and_not_saved(calm, tmp_path, outcome, method
     assert found[0]["error"] == found[1]["error"]
     saved = 5 if look == "checkpoint" else 6
     assert found[0]["saved"] == [f"step_{saved:08d}"]
-    assert time.perf_counter() - began < 200
     again = spawn(run, 2, str(tmp_path), sections(), METHODS[method])[0]
     assert [key for key in differences(calm(method), again) if key != "history"] == []
     if (method, look) in (("static", "console"), ("mst", "update")):
@@ -236,12 +236,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def longest(times: list[float]) -> float:
+    """Seconds between two steps, at most: how long training stood still."""
+    return max(after - before for before, after in itertools.pairwise(times))
+
+
 def filling(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], full: int, free: int) -> dict[str, Any]:
     """Train; before step `full` something else takes all of the disk, before step `free` it is gone again."""
     t, state = assemble(folder, settings, sparsity)
-    filler, kept = Path(folder) / "filler", []
+    filler, kept, times = Path(folder) / "filler", [], []
 
     def look(step: int) -> None:
+        times.append(time.perf_counter())
         if dist.get_rank() == 0 and step == full and not filler.exists():
             t.checkpointer.wait()
             with filler.open("wb", buffering=0) as stream:
@@ -261,25 +267,26 @@ def filling(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], ful
         return {"error": str(error), "step": state.step}
     finally:
         t.meter.close()
-    return snapshot(t) | {"nnz": dict(t.nnz), "history": history(folder), "kept": kept}
+    return snapshot(t) | {"nnz": dict(t.nnz), "history": history(folder), "kept": kept, "stall_s": longest(times)}
 
 
-QUICK = {"patience_s": 0.5}
+QUICK = {"patience_s": 1.5}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_a_checkpoint_not_the_run(calm, small_disk, outcome):
-    """Full when steps 10 and 15 are to be saved; their lines of metrics.jsonl come when there is room."""
+    """Full when steps 10 and 15 are to be saved, until step 16; their lines of metrics.jsonl come when there is room."""
     found = spawn(filling, 2, str(small_disk / "run"), sections(checkpoint=QUICK), SPARSE, 7, 16)
     for rank in found:
         assert differences(calm("static"), rank) == []
     assert found[0]["kept"] == [["step_00000005"]]
     assert [path.name for path in committed(small_disk / "run" / "checkpoints")] == ["step_00000020", "step_00000024"]
-    assert events(small_disk / "run") == [("not_saved", 10), ("not_saved", 15)]
+    assert events(small_disk / "run") == [("not_saved", 10)]  # that of step 15 is tried again until there is room
     console = (small_disk / "run" / "console.txt").read_text()
-    assert console.count("step 15 is NOT SAVED: [Errno 28] No space left on device") == 1
+    assert console.count("step 10 is NOT SAVED: [Errno 28] No space left on device") == 1
     assert "step_00000010 could not be written ([Errno 28] No space left on device" in console
-    outcome("disk full during two checkpoints", "said loudly, training goes on, the older checkpoint stays: bit-equal", 0.0, 0, INTERVAL)
+    happens = "tried again, then said loudly; training goes on, the older checkpoint stays: bit-equal"
+    outcome("disk full during a checkpoint", happens, found[0]["stall_s"], 0, INTERVAL)
 
 
 def test_a_disk_that_stays_full_is_an_error(calm, small_disk, outcome):
@@ -299,9 +306,10 @@ def test_a_disk_that_stays_full_is_an_error(calm, small_disk, outcome):
 def away(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], at: int, seconds: float) -> dict[str, Any]:
     """Train; before step `at` the storage of the run goes, for so long."""
     t, state = assemble(folder, settings, sparsity)
-    here, there, meanwhile = Path(folder), Path(folder + " unplugged"), []
+    here, there, meanwhile, times = Path(folder), Path(folder + " unplugged"), [], []
 
     def look(step: int) -> None:
+        times.append(time.perf_counter())
         if step == at and dist.get_rank() == 0:
             t.checkpointer.wait()
             here.rename(there)
@@ -311,14 +319,13 @@ def away(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], at: in
 
     Watched(t, look)
     train(t, state)
-    return snapshot(t) | {"nnz": dict(t.nnz), "history": history(folder), "meanwhile": meanwhile}
+    return snapshot(t) | {"nnz": dict(t.nnz), "history": history(folder), "meanwhile": meanwhile, "stall_s": longest(times)}
 
 
 @pytest.mark.parametrize("method", ["static", "rigl"])
 def test_storage_that_is_away_for_a_while(calm, tmp_path, outcome, method):
     """Away when step 10 is to be saved and, with RigL, in the update of step 9: training goes on until it must wait."""
     folder, seconds = tmp_path / "run", float(os.environ.get("AWAY_S", 4))
-    began = time.perf_counter()
     found = spawn(away, 2, str(folder), sections(), METHODS[method], 8, seconds)
     for rank in found:
         assert differences(calm(method), rank) == []
@@ -328,4 +335,4 @@ def test_storage_that_is_away_for_a_while(calm, tmp_path, outcome, method):
     if method == "static":
         assert "step_00000010 could not be written" in (folder / "console.txt").read_text()
         happens = f"tried again in the background until it is back (here {seconds:g} s), the next checkpoint waits: bit-equal"
-        outcome("storage unreachable", happens, min(time.perf_counter() - began, seconds + 1), 0, INTERVAL)
+        outcome("storage unreachable", happens, found[0]["stall_s"], 0, INTERVAL)

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from raysparse.config import merge
+from raysparse.runtime.launch import _passing_on_sigterm
 from raysparse.train.checkpoint import MARKER, committed, load_alone, newest
 from raysparse.train.process import Signals
 from tests.chaos.victim import POINTS
@@ -79,16 +80,16 @@ def finish(command: list[str], run: Path) -> tuple[float, int, str]:
     began, first = time.monotonic(), None
     saved = committed(run / "checkpoints")
     step = int(saved[-1].name[5:]) if saved else 0
-    again = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     seen = ""
-    assert again.stderr is not None
-    for line in again.stderr:
-        seen += line
-        if first is None and "| loss" in line:
-            first = time.monotonic() - began
-        if "going on from step_" in line:
-            step = int(line.rpartition("step_")[2])
-    assert again.wait(300) == 0, seen
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as again:
+        assert again.stderr is not None
+        for line in again.stderr:
+            seen += line
+            if first is None and "| loss" in line:
+                first = time.monotonic() - began
+            if "going on from step_" in line:
+                step = int(line.rpartition("step_")[2])
+    assert again.returncode == 0, seen
     return first or 0.0, step, seen
 
 
@@ -128,7 +129,8 @@ def test_killed_at(calm, pretrain_values, config_file, tmp_path, outcome, point)
     assert f"going on from {before[-1].name}" in said
     assert 0 <= at - step <= 2 * INTERVAL
     same(calm(pretrain_values), run)
-    outcome(f"kill -9 {point}", "the same command goes on from the newest whole checkpoint: bit-equal", seconds, at - step, INTERVAL)
+    happens = "the same command goes on from the newest whole checkpoint: bit-equal"
+    outcome(f"kill -9 {point}", happens, seconds, at - step, 2 * INTERVAL)  # it trained on while the checkpoint was written
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_all_checkpoints_are_damaged(halfway, config_file, tmp_path, outcome):
 
 # --- told to end ------------------------------------------------------------------------------------------------------
 
-LONG = {"training": {"length": 400, "validate_every": 400}, "checkpoint": {"every": 1000}, "logging": {"every": 10}}
+LONG = {"training": {"length": 160, "validate_every": 160}, "checkpoint": {"every": 1000}, "logging": {"every": 5}}
 
 
 def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -230,27 +232,29 @@ def ranks_of(words: list[str], ranks: int) -> list[subprocess.Popen]:
     return [subprocess.Popen([*RUN, *words], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for env in own]
 
 
+def ended(processes: list[subprocess.Popen], status: int) -> list[str]:
+    """What each of them said."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), errors
+    return errors
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_leaves(pretrain_values, tmp_path, outcome, ranks):
     """Of two ranks one is told; both save and leave. No checkpoint was due for a long time, and no step is lost."""
     file = written(pretrain_values, tmp_path, **LONG)
     runs = tmp_path / "runs"
-    calm = ranks_of([str(file)], ranks)
-    assert [process.wait(300) for process in calm] == [0] * ranks
+    ended(ranks_of([str(file)], ranks), 0)
     told = ranks_of([str(file), "run.name=told"], ranks)
-    wait_for(runs / "told", 100, told[-1])
+    wait_for(runs / "told", 40, told[-1])
     began = time.monotonic()
     told[-1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=120)[1] for process in told]
+    errors = ended(told, 143)
     took = time.monotonic() - began
-    assert [process.returncode for process in told] == [143] * ranks, errors
     step = saved_step(runs / "told")
-    assert 100 <= last_step(runs / "told") <= step < 400
+    assert 40 <= last_step(runs / "told") <= step < 160
     assert f"raysparse: told was told to leave, and has saved step {step}. The same command goes on from there." in errors[0]
-    again = ranks_of([str(file), "run.name=told"], ranks)
-    errors = [process.communicate(timeout=300)[1] for process in again]
-    assert [process.returncode for process in again] == [0] * ranks, errors
-    assert f"going on from step_{step:08d}" in errors[0]
+    assert f"going on from step_{step:08d}" in ended(ranks_of([str(file), "run.name=told"], ranks), 0)[0]
     same(runs / "calm", runs / "told")
     happens = f"saves and leaves within {took:.1f} s (exit status 143); the same command: bit-equal"
     outcome(f"SIGTERM to {'the process' if ranks == 1 else 'one of two ranks'}", happens, None, 0, 1000)
@@ -276,26 +280,44 @@ def test_a_second_sigterm_is_not_held_up():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_workers_that_do_not_leave_in_time(tmp_path):
+    """The driver asks by a file; it waits for `run.grace_s` and no longer."""
+    leave = tmp_path / "leave"
+    leave.touch()  # of a driver that was killed
+    began = time.monotonic()
+
+    def told() -> None:
+        with _passing_on_sigterm(leave, 0.5):
+            assert not leave.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert leave.exists()
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt, match="did not save and leave in time"):
+        told()
+    assert 0.4 < time.monotonic() - began < 20
+    assert not leave.exists()
+
+
 @pytest.mark.ray
 def test_sigterm_under_ray(pretrain_values, tmp_path, outcome):
     """The driver is told, as `ray job stop` does; its workers save and leave."""
     file = written(pretrain_values, tmp_path, **merge(LONG, {"run": {"workers": 2}}))
     runs = tmp_path / "runs"
     told = subprocess.Popen([*RUN, str(file), "run.name=told"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    wait_for(runs / "told", 100, told)
+    wait_for(runs / "told", 40, told)
     began = time.monotonic()
     told.send_signal(signal.SIGTERM)
     _, error = told.communicate(timeout=120)
     took = time.monotonic() - began
     assert told.returncode == 143, error
     step = saved_step(runs / "told")
-    assert 100 <= last_step(runs / "told") <= step < 400
+    assert 40 <= last_step(runs / "told") <= step < 160
     assert f"told was told to leave, and has saved step {step}." in error
     assert not (runs / "told" / "leave").exists()
     seconds, went_on_from, _ = finish([*RUN, str(file), "run.name=told"], runs / "told")
     assert went_on_from == step
-    calm = ranks_of([str(file)], 2)  # as on Ray, but quicker to start
-    assert [process.wait(300) for process in calm] == [0, 0]
+    ended(ranks_of([str(file)], 2), 0)  # as on Ray, but quicker to start
     same(runs / "calm", runs / "told")
     happens = f"the workers save, all end within {took:.1f} s (exit status 143); the same command: bit-equal"
     outcome("SIGTERM to the driver on Ray", happens, seconds, 0, 1000)
