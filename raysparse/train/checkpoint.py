@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -85,14 +85,14 @@ class Checkpointer:
         self._staged = Event()
         self._staged.set()
 
-    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Callable[[], Mapping[str, str]] = dict) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
 
         Older checkpoints than the newest ``keep`` are deleted after that, save the one of step `protect`.
 
         Args:
             extra: plain data, the same on every rank; ``optimizer_steps`` is how often the optimizer has stepped.
-            notes: file name -> text, to lie in the checkpoint; rank 0's are written.
+            notes: file name -> text, to lie in the checkpoint; called on rank 0, in the background.
         """
         self.wait()
         path = self.path(step)
@@ -102,7 +102,7 @@ class Checkpointer:
         shapes = {} if self._topology is None else self._topology.shapes
         text = json.dumps(dict(extra) | {"step": step, "shapes": shapes})
         self._staged.clear()
-        self._pending = self._thread.submit(self._write, path, text, protect, dict(notes or {}))
+        self._pending = self._thread.submit(self._write, path, text, protect, notes)
         if not self._config.asynchronous:
             self.wait()
         return path
@@ -241,7 +241,7 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _write(self, path: Path, extra: str, protect: int, notes: Mapping[str, str]) -> None:
+    def _write(self, path: Path, extra: str, protect: int, notes: Callable[[], Mapping[str, str]]) -> None:
         """In the background: copy this rank's part, write it, and when every rank has (rank 0 comes to know) mark the checkpoint."""
         try:
             with torch.cuda.device_of(next(iter(self._sharded.parts.values())).local):  # threads begin on the first GPU
@@ -254,8 +254,8 @@ class Checkpointer:
         if dist.get_rank() == 0:
             self._commit(path, protect, notes)
 
-    def _commit(self, path: Path, protect: int, notes: Mapping[str, str]) -> None:
-        for name, text in notes.items():
+    def _commit(self, path: Path, protect: int, notes: Callable[[], Mapping[str, str]]) -> None:
+        for name, text in notes().items():
             (path / name).write_text(text, encoding="utf-8")
         files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
         partial = path / f"{MARKER}.partial"
