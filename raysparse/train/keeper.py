@@ -167,13 +167,13 @@ class Keeper:
         if self._manager is not None:
             self._manager.published(self._attempt, self.agenda.version(step), checkpoint)
 
-    def journal(self) -> str:
-        """The history so far as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
+    def journal(self, step: int) -> str:
+        """The history up to `step` as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
         if self._manager is None:
             return ""
         agenda = self.agenda.model_dump(mode="json")
         header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
-        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()))
+        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()[: self.agenda.version(step) + 1]))
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""

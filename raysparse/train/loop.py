@@ -11,6 +11,7 @@ told to leave saves first.
 
 import math
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -178,10 +179,14 @@ def save(t: Training, state: State, interval: Interval) -> None:
         t.keeper.audit()
     interval.into(state)
     extra = {"state": vars(state) | t.largest(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
-    notes = {} if t.keeper is None else {HISTORY: t.keeper.journal()}
-    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=notes)
+    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=_notes(t, state.step))
     t.saved, t.saved_step = (path, state.step), state.step
     t.run.committed(path, {"step": state.step} | state.losses)
+
+
+def _notes(t: Training, step: int) -> Callable[[], dict[str, str]]:
+    """What is to lie in a checkpoint of `step` besides. Long after thousands of updates: so it is put together while training goes on."""
+    return lambda: {} if t.keeper is None else {HISTORY: t.keeper.journal(step)}
 
 
 def leave(t: Training, state: State, interval: Interval) -> NoReturn:
