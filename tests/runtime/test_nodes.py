@@ -97,7 +97,9 @@ def test_a_run_goes_on_smaller_and_grows_again(pretrain_values, tmp_path, rule):
     wanted = values(pretrain_values, "elastic", rule)
     wanted = merge(wanted, {"training": {"length": 1200, "sequences": 5, "validate_every": 1200}, "checkpoint": {"every": 20}})
     wanted = merge(wanted, {"run": {"workers": [1, 2]}, "logging": {"every": 1}})
-    if rule != "static":
+    if rule == "static":
+        wanted = merge(wanted, {"optimizer": {"lr": 1e-3}})  # what rounding grows to follows the rate
+    else:
         wanted = merge(wanted, {"sparsity": {"evolution": {"update_interval": 40}}})
     file = tmp_path / "elastic.yaml"
     file.write_text(yaml.safe_dump(wanted))
@@ -116,7 +118,7 @@ def test_a_run_goes_on_smaller_and_grows_again(pretrain_values, tmp_path, rule):
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
     else:
         assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-2)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-2)
     (lost, _), (kept, at) = restarts(Path(pretrain_values["run"]["folder"]) / "elastic")
     assert 0 <= lost <= 20  # steps that were done again: of the node that died up to a checkpoint's interval
     assert kept == 0, f"the smaller group did not save step {at} before it grew"
