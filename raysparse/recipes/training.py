@@ -199,7 +199,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         watch=Watch(
             config.run.hang_timeout_s if run.is_watched else None,
             job.path / HANGS / f"rank_{run.rank}.txt",
-            lambda what: run.show({"text": f"{job.path.name}: {what}"}),
+            lambda what: run.say(f"{job.path.name}: {what}"),
         ),
     )
     training.follow()

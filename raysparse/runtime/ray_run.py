@@ -50,8 +50,14 @@ class RayRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self._gauges is not None:
             self._gauges.set(record)
-            with self._progress.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(dict(record)) + "\n")
+            self._write(record)
+
+    def say(self, text: str) -> None:
+        self._write({"text": text})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with self._progress.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(record)) + "\n")
 
 
 def follow(progress: Path, console: Console, stop: Event) -> None:

@@ -84,6 +84,9 @@ class Run(Protocol):
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a training record, or ``{"text": ...}``, to the user; only rank 0's are shown."""
 
+    def say(self, text: str) -> None:
+        """Show a line to the user, whichever rank says it."""
+
 
 class LocalRun:
     """The ranks of the default process group: this process alone, or torchrun's."""
@@ -106,6 +109,9 @@ class LocalRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self.rank == 0:
             self._console.show(record)
+
+    def say(self, text: str) -> None:
+        self._console.show({"text": text})
 
 
 def resolve_device(config: RunConfig) -> str:
