@@ -52,12 +52,14 @@ def two_ranks(values: dict[str, Any]) -> str:
 
 
 def check_equal(calm: Path, struck: Path) -> None:
-    """Two runs have the same bits, masks and losses; the second has shown no step twice in its metrics."""
+    """Two runs have the same bits, masks, losses and FLOPs; the second has no step twice in its metrics."""
     assert differing(calm, struck) == []
     assert topologies(calm) == topologies(struck)
     records = [[json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (calm, struck)]
     losses = [[(r["step"], r["loss"]) for r in found if "loss" in r] for found in records]
     assert losses[0] == losses[1]
+    one, two = (json.loads((at / "summary.json").read_text()) for at in (calm, struck))
+    assert [key for key in ("loss", "flops", "sparsity", "steps", "tokens") if one[key] != two[key]] == []
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
