@@ -40,7 +40,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def wait(what: Callable[[], Any], log: Path, timeout_s: float = 200.0) -> None:
+def wait(what: Callable[[], Any], log: Path, timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -72,7 +72,7 @@ def test_the_driver_is_killed(values, calm, tmp_path, outcome):
             with started(command, tmp_path / "second") as second:
                 wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second")
                 os.kill(stale[0], signal.SIGCONT)
-                assert second.wait(300) == 0, (tmp_path / "second").read_text()[-3000:]
+                assert second.wait(900) == 0, (tmp_path / "second").read_text()[-3000:]
     assert ends(stale[0])
     check_equal(calm, folder)
     assert of_driver(folder) == []
@@ -93,10 +93,10 @@ def test_a_driver_that_was_thought_dead_writes_nothing(pretrain_values, tmp_path
         with started([*COMMAND, *words[1:]], tmp_path / "second") as second:
             wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second")
             seconds = time.time() - struck
-            assert second.wait(300) == 0, (tmp_path / "second").read_text()[-3000:]
+            assert second.wait(900) == 0, (tmp_path / "second").read_text()[-3000:]
         before = contents(folder)
         os.kill(first.pid, signal.SIGCONT)
-        assert first.wait(60) == 1
+        assert first.wait(200) == 1
     assert "going on from step_00000020" in (tmp_path / "second").read_text()
     assert f"Waiting up to {LEASE_S:g} s" in (tmp_path / "second").read_text()
     assert "Got a newer one, which goes on" in (tmp_path / "first").read_text()
@@ -125,7 +125,7 @@ def test_two_drivers_on_one_run(values, tmp_path, outcome):
         wait(lambda: list(folder.glob("checkpoints/step_*")), tmp_path / "first")
         began = time.monotonic()
         for command in ([*COMMAND, file, "--local"], [*COMMAND, file], [*torchrun, file]):
-            done = subprocess.run([*command, gone], cwd=ROOT, env=ENVIRON, capture_output=True, text=True, timeout=200, check=False)
+            done = subprocess.run([*command, gone], cwd=ROOT, env=ENVIRON, capture_output=True, text=True, timeout=600, check=False)
             assert done.returncode in (1, 2), done.stderr
             host = os.uname().nodename
             assert (
@@ -137,7 +137,7 @@ def test_two_drivers_on_one_run(values, tmp_path, outcome):
         steps = len((folder / "metrics.jsonl").read_text().splitlines())
         wait(lambda: len((folder / "metrics.jsonl").read_text().splitlines()) > steps, tmp_path / "first")
         first.send_signal(signal.SIGINT)
-        assert first.wait(60) == 130
+        assert first.wait(200) == 130
     assert of_driver(folder) == []
     outcome("two drivers on one run folder", f"the second is refused (after {seconds:.0f} s), told who the first is", None, None)
 
@@ -156,7 +156,7 @@ def test_the_head_is_lost_and_the_job_submitted_again(values, calm, tmp_path, ou
 
     def submit(address: str, *words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "raysparse", "submit", "--address", address, *words, "pretrain", "head.yaml"]
-        return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=400, check=False)
+        return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=900, check=False)
 
     with ray_head(ENVIRON) as (first, _):
         sent = submit(first)

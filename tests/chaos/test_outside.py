@@ -148,7 +148,7 @@ def test_a_node_is_lost(values, calm, tmp_path, outcome):
 
     with Fault(folder, 50, wait) as fault:
         command = [sys.executable, "-m", "tests.chaos.lost_node", str(file), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(calm, folder)
     outcome(
