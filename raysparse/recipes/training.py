@@ -196,7 +196,11 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         checkpointer=checkpointer,
         meter=Meter(job.path, config.logging, enabled=run.rank == 0),
         run=run,
-        watch=Watch(config.run.hang_timeout_s if run.is_watched else None, job.path / HANGS / f"rank_{run.rank}.txt", tell),
+        watch=Watch(
+            config.run.hang_timeout_s if run.is_watched else None,
+            job.path / HANGS / f"rank_{run.rank}.txt",
+            lambda what: run.say(f"{job.path.name}: {what}"),
+        ),
     )
     return training, resume(training)
 

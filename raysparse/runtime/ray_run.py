@@ -63,11 +63,10 @@ class RayRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self._gauges is not None:
             self._gauges.set(record)
-            try:
-                with self._progress.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(dict(record)) + "\n")
-            except OSError as error:  # a full disk: no reason to end
-                log.warning("What follows could not be shown (%s): %s", error, dict(record))
+            self._write(record)
+
+    def say(self, text: str) -> None:
+        self._write({"text": text})
 
     def heeding(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -77,6 +76,13 @@ class RayRun:
         if self.rank == 0 and time.monotonic() - self._looked > LOOKS_EVERY_S:
             self._looked, self._leaving = time.monotonic(), any(self._progress.with_name(name).exists() for name in (LEAVE, RESIZE))
         return self._leaving
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        try:
+            with self._progress.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(dict(record)) + "\n")
+        except OSError as error:  # a full disk: no reason to end
+            log.warning("What follows could not be shown (%s): %s", error, dict(record))
 
 
 def follow(progress: Path, console: Console, stop: Event) -> None:

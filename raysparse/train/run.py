@@ -117,6 +117,9 @@ class Run(Protocol):
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a training record, or ``{"text": ...}``, to the user; only rank 0's are shown."""
 
+    def say(self, text: str) -> None:
+        """Show a line to the user, whichever rank says it."""
+
     def heeding(self) -> AbstractContextManager[None]:
         """Inside, whoever tells the run to end is heeded by `leaving`."""
         ...
@@ -147,6 +150,9 @@ class LocalRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self.rank == 0:
             self._console.show(record)
+
+    def say(self, text: str) -> None:
+        self._console.show({"text": text})
 
     def heeding(self) -> AbstractContextManager[None]:
         return self._signals.heeded()

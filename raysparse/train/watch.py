@@ -52,8 +52,10 @@ class Watch:
                 self._end()
 
     def _end(self) -> None:
-        self.file.parent.mkdir(exist_ok=True)
-        with self.file.open("w") as stream:
-            faulthandler.dump_traceback(stream)
-        self._tell(f"no micro-batch ended within run.hang_timeout_s={self._limit_s:g}; where every rank stood is in {self.file.parent}")
-        os._exit(1)
+        try:
+            self.file.parent.mkdir(exist_ok=True)
+            with self.file.open("w") as stream:
+                faulthandler.dump_traceback(stream)
+            self._tell(f"no micro-batch ended within run.hang_timeout_s={self._limit_s:g}; where the rank stood is in {self.file}")
+        finally:
+            os._exit(1)

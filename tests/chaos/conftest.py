@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from raysparse.config import merge
+
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+CALM: list[Path] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +32,26 @@ def outcome(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.config.stash.setdefault(ROWS, []).append(row)
 
     return note
+
+
+@pytest.fixture
+def values(pretrain_values: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """``values(name, **changes)``: the plain config of an MST run on two workers."""
+    from tests.chaos.seen import MST
+
+    return lambda name, **changes: merge(merge(pretrain_values, MST), merge({"run": {"name": name}}, changes))
+
+
+@pytest.fixture
+def calm(values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `values` that was left alone."""
+    from tests.chaos.seen import two_ranks
+    from tests.ranks import spawn
+
+    if not CALM:
+        folder = str(tmp_path_factory.mktemp("calm"))
+        CALM.append(Path(spawn(two_ranks, 2, values("calm", run={"folder": folder}))[0]))
+    return CALM[0]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -14,7 +14,6 @@ os.environ |= {"RAY_AUTH_MODE": "disabled"}
 
 
 def main(file: str, folder: Path) -> None:
-    import psutil
     import ray
     from ray.cluster_utils import Cluster
 
@@ -22,7 +21,7 @@ def main(file: str, folder: Path) -> None:
     from raysparse.recipes import pretrain
     from raysparse.runtime.launch import SETTINGS, launch
     from raysparse.train.metrics import Console
-    from tests.chaos.seen import pids
+    from tests.chaos.seen import pids, stat
 
     os.environ |= SETTINGS
     config = load(pretrain.PretrainConfig, [file])
@@ -38,7 +37,7 @@ def main(file: str, folder: Path) -> None:
         assert thread.is_alive()
         time.sleep(0.01)
     (folder / "lost").touch()
-    cluster.remove_node(nodes[psutil.Process(pids(job.path)[1]).ppid()], allow_graceful=False)
+    cluster.remove_node(nodes[int(stat(pids(job.path)[1])[1])], allow_graceful=False)
     thread.join()
     ray.shutdown()
     cluster.shutdown()

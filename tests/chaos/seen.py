@@ -1,5 +1,6 @@
-"""What a fault did to a run, as its files tell."""
+"""Runs that a fault strikes, and what it did to them, as their files tell."""
 
+import io
 import json
 import os
 import time
@@ -9,11 +10,56 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from raysparse.recipes import pretrain
 from raysparse.recipes.job import Job
+from raysparse.runtime.local import run_here
 from raysparse.train.checkpoint import newest
+from raysparse.train.metrics import Console
 from raysparse.train.process import process_group
+
+EVERY = 20
+"""Steps between checkpoints."""
+MST = {
+    "sparsity": {
+        "evolution": {"type": "mixed", "update_interval": 3},
+        "timeline": [
+            {
+                "name": "warm_up",
+                "length": "40 %",
+                "sparsity": {"type": "polynomial"},
+                "attention": {"type": "local_or_strided", "width": 4, "stride": 4},
+            },
+            {"name": "ultra", "length": "60 %"},
+        ],
+    },
+    "run": {"workers": 2},
+    "kernels": "dense",
+    "training": {"length": 160, "validate_every": 160},
+    "checkpoint": {"every": EVERY},
+    "logging": {"every": 1, "histograms": 0},
+}
+"""Masks that change every few steps; of a pre-training."""
+
+
+def two_ranks(values: dict[str, Any]) -> str:
+    """Pre-train without Ray, on two ranks; returns the folder."""
+    config = pretrain.PretrainConfig.check(values)
+    run_here([pretrain.open_run(config)] if dist.get_rank() == 0 else [], config.run, Console(io.StringIO()))
+    return str(config.run.path)
+
+
+def check_equal(calm: Path, struck: Path) -> None:
+    """Two runs have the same bits, masks, losses and FLOPs; the second has no step twice in its metrics."""
+    assert differing(calm, struck) == []
+    assert topologies(calm) == topologies(struck)
+    records = [[json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (calm, struck)]
+    losses = [[(r["step"], r["loss"]) for r in found if "loss" in r] for found in records]
+    assert losses[0] == losses[1]
+    one, two = (json.loads((at / "summary.json").read_text()) for at in (calm, struck))
+    assert [key for key in ("loss", "flops", "sparsity", "steps", "tokens") if one[key] != two[key]] == []
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
@@ -42,6 +88,17 @@ def topologies(folder: Path) -> list[str]:
 def pids(folder: Path) -> list[int]:
     """Of the workers, by rank."""
     return json.loads((folder / "workers.json").read_text())
+
+
+def stat(pid: int) -> list[str]:
+    """Of a process: state, parent, and more; see proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def family(pid: int) -> list[int]:
+    """A process, and all that it has started and they have."""
+    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    return [pid, *(one for child in children for one in family(child))]
 
 
 def ends(pid: int, timeout_s: float = 30.0) -> bool:

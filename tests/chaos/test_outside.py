@@ -2,7 +2,6 @@
 moments and masks of one that was left alone, bit by bit."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -13,71 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 import yaml
 
-from raysparse.config import merge
 from raysparse.recipes import pretrain
 from raysparse.runtime.launch import launch
 from raysparse.runtime.local import run_here
 from raysparse.train.metrics import Console
 from tests.chaos import stand_in
-from tests.chaos.seen import Fault, differing, ends, pids, topologies
-from tests.ranks import spawn
+from tests.chaos.seen import EVERY, Fault, check_equal, ends, pids
 from tests.runtime.test_mask_actor import pid_of
 
-EVERY = 20
-"""Steps between checkpoints."""
 HANG_S = 15.0
-MST = {
-    "evolution": {"type": "mixed", "update_interval": 3},
-    "timeline": [
-        {"name": "warm_up", "length": "40 %", "sparsity": {"type": "polynomial"}, "attention": {"type": "local_or_strided"}},
-        {"name": "ultra", "length": "60 %"},
-    ],
-}
-
-
-@pytest.fixture
-def values(pretrain_values: dict[str, Any]) -> Callable[..., dict[str, Any]]:
-    """``values(name, **changes)``: the plain config of an MST run on two workers."""
-    attention = {"type": "local_or_strided", "width": 4, "stride": 4}
-    sparsity = {"evolution": MST["evolution"], "timeline": [MST["timeline"][0] | {"attention": attention}, MST["timeline"][1]]}
-    usual = {
-        "sparsity": sparsity,
-        "kernels": "dense",
-        "training": {"length": 160, "validate_every": 160},
-        "checkpoint": {"every": EVERY},
-        "logging": {"every": 1, "histograms": 0},
-    }
-    return lambda name, **changes: merge(merge(pretrain_values, usual), merge({"run": {"name": name, "workers": 2}}, changes))
-
-
-def two_ranks(values: dict[str, Any]) -> str:
-    """Without Ray, on two ranks; returns the folder."""
-    config = pretrain.PretrainConfig.check(values)
-    run_here([pretrain.open_run(config)] if dist.get_rank() == 0 else [], config.run, Console(io.StringIO()))
-    return str(config.run.path)
-
-
-CALM: list[Path] = []
-
-
-@pytest.fixture
-def calm(values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was left alone."""
-    if not CALM:
-        folder = str(tmp_path_factory.mktemp("calm"))
-        CALM.append(Path(spawn(two_ranks, 2, values("calm", run={"folder": folder}))[0]))
-    return CALM[0]
-
-
-def check_equal(calm: Path, folder: Path) -> None:
-    assert differing(calm, folder) == []
-    assert topologies(calm) == topologies(folder)
-    records = [[json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (calm, folder)]
-    losses = [[(r["step"], r["loss"]) for r in found if "loss" in r] for found in records]
-    assert losses[0] == losses[1]
 
 
 def carried_out(values: dict[str, Any], step: int, strike: Callable[[Path], Any], after: int = 1) -> tuple[Fault, Path]:
@@ -203,7 +148,7 @@ def test_a_node_is_lost(values, calm, tmp_path, outcome):
 
     with Fault(folder, 50, wait) as fault:
         command = [sys.executable, "-m", "tests.chaos.lost_node", str(file), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(calm, folder)
     outcome(
