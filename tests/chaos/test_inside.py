@@ -90,6 +90,7 @@ def poisoned(folder: str, settings: dict[str, Any], sparsity: dict[str, Any], wh
     try:
         state = train(t, state)
     except TrainingError as error:
+        t.checkpointer.wait()
         return {"error": str(error), "step": state.step}
     first = next((i for i, (step, _) in enumerate(seen) if bad.get(step)), 0)
     after = next((at for step, at in seen[first + 1 :] if step > seen[first][0]), seen[-1][1])
