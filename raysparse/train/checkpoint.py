@@ -32,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
@@ -274,7 +274,7 @@ class Checkpointer:
             with torch.cuda.device_of(next(iter(self._sharded.parts.values())).local):  # threads begin on the first GPU
                 state = self._whole() | self._parts()
                 if self._config.asynchronous:
-                    state = cast("dict[str, Any]", DefaultStager(StagingOptions(False, False, False, False)).stage(state))
+                    state = {key: _copied(value) for key, value in state.items()}
             return state
         finally:
             self._staged.set()
@@ -399,3 +399,11 @@ def crc32(file: Path) -> int:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the CPU. torch's own stagers copy storages, with Python's lock held: training would stand still although a thread does it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    tensor._local_tensor = tensor._local_tensor.to("cpu", copy=True)  # of a DTensor that was made for this checkpoint
+    return tensor

@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager
 
 from raysparse.config import ConfigError
 from raysparse.train import checkpoint, loop
@@ -375,12 +374,12 @@ def late(folder: str) -> None:
 def copied_late(folder: str) -> None:
     """Nothing is copied before the next step's gradients are there: an optimizer that does not wait has stepped by then."""
     t, state = assemble(folder, LOOSE | every(4, asynchronous=True), RIGL)
-    stage, wait, forward_backward, may_copy = DefaultStager.stage, t.checkpointer.wait, loop.forward_backward, threading.Event()
+    copied, wait, forward_backward, may_copy = checkpoint._copied, t.checkpointer.wait, loop.forward_backward, threading.Event()
 
-    def held(*args, **kwargs):
+    def held(tensor):
         assert may_copy.wait(60)
-        time.sleep(0.2)
-        return stage(*args, **kwargs)
+        time.sleep(0.005)
+        return copied(tensor)
 
     def done(*args):
         result = forward_backward(*args)
@@ -392,7 +391,7 @@ def copied_late(folder: str) -> None:
         wait()
         may_copy.clear()
 
-    t.checkpointer.wait, DefaultStager.stage, loop.forward_backward = waited, held, done
+    t.checkpointer.wait, checkpoint._copied, loop.forward_backward = waited, held, done
     loop.train(t, state)
 
 
