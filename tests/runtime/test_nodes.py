@@ -76,7 +76,7 @@ def test_two_nodes_of_two_workers_have_the_masks_of_one(pretrain_values, tmp_pat
         for name in (name for name, case in cases.items() if case[0] == rule):
             assert json.loads((runs / name / "summary.json").read_text())["workers"] == 4
             assert digests(runs / name) == digests(one), name
-            assert len(digests(one)) == (1 if rule == "static" else 6)
+            assert (len(digests(one)) > 3) == (rule != "static")
             a, b = weights(one), weights(runs / name)
             if RULES[rule]:
                 assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
