@@ -40,10 +40,12 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def wait(what: Callable[[], Any], log: Path, timeout_s: float = 600.0) -> None:
+def wait(what: Callable[[], Any], log: Path, process: subprocess.Popen | None = None, timeout_s: float = 600.0) -> None:
+    """Until it is so; a process that ends before fails the test."""
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
+        assert process is None or process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.02)
 
 
@@ -70,7 +72,7 @@ def test_the_driver_is_killed(values, calm, tmp_path, outcome):
         with Fault(folder, 50, strike) as fault:
             wait(lambda: fault.struck, tmp_path / "first")
             with started(command, tmp_path / "second") as second:
-                wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second")
+                wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second", second)
                 os.kill(stale[0], signal.SIGCONT)
                 assert second.wait(900) == 0, (tmp_path / "second").read_text()[-3000:]
     assert ends(stale[0])
@@ -86,12 +88,12 @@ def test_a_driver_that_was_thought_dead_writes_nothing(pretrain_values, tmp_path
     file, folder = written(tmp_path, config), Path(config["run"]["folder"]) / "stale"
     words = ["pretrain", file, "--local"]
     with started([sys.executable, "-m", "tests.chaos.stopped_in_commit", "40", *words], tmp_path / "first") as first:
-        wait(lambda: stat(first.pid)[0] == "T", tmp_path / "first")
+        wait(lambda: stat(first.pid)[0] == "T", tmp_path / "first", first)
         of_first = folder / "driver.1.json"
         of_first.write_text(json.dumps(json.loads(of_first.read_text()) | {"place": "far away"}))
         struck = time.time()
         with started([*COMMAND, *words[1:]], tmp_path / "second") as second:
-            wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second")
+            wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second", second)
             seconds = time.time() - struck
             assert second.wait(900) == 0, (tmp_path / "second").read_text()[-3000:]
         before = contents(folder)
@@ -122,7 +124,7 @@ def test_two_drivers_on_one_run(values, tmp_path, outcome):
     gone = f"data.cache_dir={tmp_path / 'none'}"  # not part of a run's identity where the content is the same: it would be prepared anew
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "raysparse", "pretrain"]
     with started([*COMMAND, file, "--local"], tmp_path / "first") as first:
-        wait(lambda: list(folder.glob("checkpoints/step_*")), tmp_path / "first")
+        wait(lambda: list(folder.glob("checkpoints/step_*")), tmp_path / "first", first)
         began = time.monotonic()
         for command in ([*COMMAND, file, "--local"], [*COMMAND, file], [*torchrun, file]):
             done = subprocess.run([*command, gone], cwd=ROOT, env=ENVIRON, capture_output=True, text=True, timeout=600, check=False)
