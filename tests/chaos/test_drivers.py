@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def test_the_driver_is_killed(values, calm, tmp_path, outcome):
             wait(lambda: fault.struck, tmp_path / "first")
             with started(command, tmp_path / "second") as second:
                 wait(lambda: "going on from step_" in (tmp_path / "second").read_text(), tmp_path / "second", second)
-                os.kill(stale[0], signal.SIGCONT)
+                with suppress(ProcessLookupError):  # its raylet may have ended it by now
+                    os.kill(stale[0], signal.SIGCONT)
                 assert second.wait(900) == 0, (tmp_path / "second").read_text()[-3000:]
     assert ends(stale[0])
     check_equal(calm, folder)
