@@ -20,8 +20,9 @@ import yaml
 
 from raysparse.config import merge
 from raysparse.runtime.launch import _passing_on_sigterm
-from raysparse.train.checkpoint import MARKER, committed, load_alone, newest
+from raysparse.train.checkpoint import MARKER, committed, newest
 from raysparse.train.process import Signals
+from raysparse.train.reading import read
 from tests.chaos.victim import POINTS
 
 RUN = [sys.executable, "-m", "raysparse", "pretrain"]
@@ -51,7 +52,7 @@ def end_of(run: Path) -> dict[str, torch.Tensor]:
     assert (run / "summary.json").exists()
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items() if hasattr(entry, "properties")}
-    load_alone(path, state)
+    read(state, path, None)
     return state
 
 
