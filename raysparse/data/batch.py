@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -26,9 +27,17 @@ class Batch:
     def rows(self, start: int, stop: int) -> "Batch":
         return Batch(self.input_ids[start:stop], self.labels[start:stop])
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.labels.to(device))
+
     @property
     def num_targets(self) -> int:
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def tokens(self) -> Tensor:
+        """[rows, length] bool: prompt and answer, without the padding behind them: every token up to the last that predicts."""
+        return (self.labels != IGNORED).flip(1).cummax(1).values.flip(1)
 
 
 class Feed(Protocol):

@@ -16,7 +16,7 @@ from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairRows, PairValidation
 from raysparse.kernels.bits import unpack
 from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
-from raysparse.models.build import block_linears, build, skeleton
+from raysparse.models.build import ModelConfig, architecture, block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job, opening
@@ -29,6 +29,7 @@ from raysparse.tasks import AnyTask
 from raysparse.tasks.base import Example
 from raysparse.tasks.generate import GenerationConfig
 from raysparse.tasks.metrics import LOWER_IS_BETTER
+from raysparse.train.distill import DistillationConfig
 from raysparse.train.run import Run, resolve_device
 from raysparse.train.shard import Sharded
 from raysparse.train.state import Judged, Training
@@ -53,6 +54,8 @@ class FinetuneConfig(training.TrainingRunConfig):
     window: int = Field(16, ge=1)
     """Batches whose pairs are sorted by length together, so that pairs of similar length share a batch; 1 sorts nothing."""
     sparsity: HandOverConfig = HandOverConfig()
+    distillation: DistillationConfig | None = None
+    """Learn from a dense teacher besides (SquareHead, arXiv:2310.06927); null: from the data alone."""
     adapters: AnyAdapters = AllWeights()
     """Few parameters of a sparse model train, no zero is touched (PERP, arXiv:2312.15230): none, selective, mask_lora, scale_lora."""
     generation: GenerationConfig = GenerationConfig()
@@ -106,11 +109,12 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     evaluate.check_scores(config.task, tokenizer, config.context, config.generation, config.evaluation)
     rows = PairRows.encode(evaluate.examples_of(config.task, "train"), tokenizer, config.task, config.context)
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
+    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer_folder)}
     examples = str(evaluate.store_examples(config.task, config.cache_dir))
     weights = "of an earlier stage" if pending else evaluate.weights_digest(tokenizer_folder)
     return {
         "examples": examples,
-        "content": {"examples": Path(examples).stem, "model": weights},
+        "content": {"examples": Path(examples).stem, "model": weights} | taught,
         "num_pairs": len(rows),
         "num_truncated": rows.num_truncated,
         "num_truncated_targets": rows.num_truncated_targets,
@@ -128,6 +132,31 @@ def _check_model(config: FinetuneConfig) -> None:
             "Use sparsity.masks=lift, or a model that raysparse pre-trained with sparsity.target above 0."
         )
     adapt(model, config.adapters, config.run.seed)
+
+
+def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
+    """The digest of a teacher whose blocks, vocabulary and tokenizer are the student's."""
+    folder = evaluate.model_folder(distillation.teacher)
+    tokenizer = evaluate.load_tokenizer(tokenizer_folder)
+    mine = architecture(config.model, len(tokenizer), config.context)
+    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context)
+    keys = [key for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size") if getattr(mine, key) != getattr(its, key)]
+    if keys:
+        raise ConfigError(
+            f"Expected a teacher of the student's architecture in distillation.teacher={distillation.teacher}. "
+            f"Got {', '.join(f'{key} {getattr(its, key)} instead of {getattr(mine, key)}' for key in keys)}. "
+            "Take the dense model that the student was pruned from, fine-tuned on the task."
+        )
+    if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
+            "Take a teacher that reads the same tokens."
+        )
+    return evaluate.weights_digest(folder)
+
+
+def _teacher_model(config: FinetuneConfig, distillation: DistillationConfig) -> ModelConfig:
+    return config.model.model_copy(update={"preset": None, "path": evaluate.model_folder(distillation.teacher), "overrides": {}})
 
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
@@ -177,6 +206,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
         adapters=config.adapters,
+        distillation=(taught := config.distillation),
+        teacher=taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context),
     )
     parent = folder.parent / "summary.json"
     facts = {

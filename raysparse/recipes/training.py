@@ -13,11 +13,12 @@ from torch import Tensor
 
 from raysparse import __version__, length
 from raysparse.config import Config, ConfigError
-from raysparse.data.batch import Feed
+from raysparse.data.batch import Batch, Feed
 from raysparse.kernels.bits import pack
 from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, merge, needs_no_gradient
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks, flops_architecture
+from raysparse.models.features import BlockOutputs
 from raysparse.recipes.environment import versions, write_environment
 from raysparse.recipes.export import write_model
 from raysparse.recipes.job import Job, check_claim, write_atomically
@@ -26,12 +27,14 @@ from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
 from raysparse.sparsity.topology import Topology
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
+from raysparse.train.distill import Distillation, DistillationConfig, Teacher
 from raysparse.train.error import TrainingError
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
 from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
+from raysparse.train.objective import CrossEntropy, Objective
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from raysparse.train.placement import largest_share, scattered, show_shares
 from raysparse.train.process import forget_peak_memory, peak_memory_bytes
@@ -118,6 +121,7 @@ class Ingredients:
         topology: sharded model -> the first masks; None to train dense.
         convention: how FLOPs are counted.
         adapters: what trains.
+        distillation: what is learned from `teacher`, which is built like `model`; None for neither.
     """
 
     model: Any
@@ -132,6 +136,8 @@ class Ingredients:
     steps_per_epoch: int | None
     convention: Convention
     adapters: Adapters = field(default_factory=AllWeights)
+    distillation: DistillationConfig | None = None
+    teacher: Any = None
 
 
 def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) -> tuple[Training, State]:
@@ -147,7 +153,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     tokens *= parts.tokens_per_sequence
     names = parts.sparse if parts.topology is not None else {}
     kernels = Kernels.install(parts.model, names, config.kernels, config.run, tokens, run, job.path / KERNELS)
-    units = blocks(parts.model)
+    units, outputs = blocks(parts.model), None if parts.distillation is None else BlockOutputs(parts.model)
     if config.training.compile:
         for unit in units.values():
             unit.compile()
@@ -181,6 +187,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         parity=config.run.parity,
         pace=pace(config, config.training.sequences * parts.tokens_per_sequence, parts.steps_per_epoch),
         sharded=sharded,
+        objective=make_objective(config, parts, sharded, outputs, device),
         optimizer=optimizer,
         agenda=parts.agenda,
         keeper=keeper,
@@ -213,6 +220,26 @@ def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
     dist.all_gather_object(nodes, run.node)
     if (told := scattered(config.sharding, nodes)) is not None:
         run.show({"text": told})
+
+
+def make_objective(config: TrainingRunConfig, parts: Ingredients, sharded: Sharded, outputs: BlockOutputs | None, device: str) -> Objective:
+    """Cross-entropy alone, or with what a teacher says, which is sharded as its student is. Every rank calls this.
+
+    Args:
+        outputs: of the student's blocks.
+    """
+
+    def forward(batch: Batch) -> Tensor:
+        return sharded.module(input_ids=batch.input_ids).logits
+
+    smoothing = config.training.label_smoothing
+    if parts.distillation is None or outputs is None:
+        return CrossEntropy(forward, smoothing)
+    model, its = parts.teacher.requires_grad_(False), BlockOutputs(parts.teacher)
+    whole = config.sharding.model_copy(update={"packed": "off"})
+    dtype, offload = resolve_dtype(config.run, device), parts.distillation.offload
+    teacher = Teacher(shard(model, blocks(model), whole, device, dtype, sharded.wire, offload), its)
+    return Distillation(parts.distillation, forward, outputs, teacher, smoothing)
 
 
 def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:
@@ -314,7 +341,7 @@ def summarize(
             ],
         },
         "topology": history_of(t, state.step),
-        "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.executed.total},
+        "flops": t.ledger.savings().to_dict() | {"executed": t.ledger.executed.total, "teacher": t.ledger.teacher.total},
         "kernels": None if t.kernels is None else t.kernels.facts(),
         "steps": state.step,
         "tokens": state.tokens,

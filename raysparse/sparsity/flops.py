@@ -189,6 +189,9 @@ def savings(
     )
 
 
+_PARTS = ("counted", "dense", "growth", "executed", "teacher")
+
+
 @dataclass
 class Ledger:
     """FLOPs so far, added step by step, so that a sparsity that changes over training is counted as it was."""
@@ -198,29 +201,39 @@ class Ledger:
     counted: Flops = field(init=False)
     executed: Flops = field(init=False)
     growth: Flops = field(init=False)
+    teacher: Flops = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dense = self.counted = self.executed = self.growth = Flops(self.convention)
+        self.dense = self.counted = self.executed = self.growth = self.teacher = Flops(self.convention)
 
-    def add(self, counted: Flops, dense: Flops, growth: Flops | None = None, executed: Flops | None = None) -> None:
-        """Some steps: what they cost with their zeros skipped, what the dense model would have cost, growth gradients, and what the
-        kernels computed (None: every zero was multiplied)."""
+    def add(
+        self,
+        counted: Flops,
+        dense: Flops,
+        growth: Flops | None = None,
+        executed: Flops | None = None,
+        teacher: Flops | None = None,
+    ) -> None:
+        """Some steps: what they cost with their zeros skipped, what the dense model would have cost, growth gradients, what the
+        kernels computed (None: every zero was multiplied), and a teacher's forward passes, which are in none of the others."""
         self.dense, self.counted = self.dense + dense, self.counted + counted
         self.executed = self.executed + (dense if executed is None else executed)
         if growth is not None:
             self.growth = self.growth + growth
+        if teacher is not None:
+            self.teacher = self.teacher + teacher
 
     def savings(self) -> Savings:
         return Savings(self.dense, self.counted, growth=self.growth)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a checkpoint; JSON keeps them exactly."""
-        return {part: asdict(getattr(self, part)) for part in ("dense", "counted", "executed", "growth")}
+        return {part: asdict(getattr(self, part)) for part in _PARTS}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         ledger = cls(state["dense"]["convention"])
-        ledger.add(*(Flops(**state[part]) for part in ("counted", "dense", "growth", "executed")))
+        ledger.add(**{part: Flops(**state[part]) for part in _PARTS if part in state})
         return ledger
 
 

@@ -61,6 +61,7 @@ class Interval:
         loss = float(t.all_sum(self._loss.double().cpu().reshape(1))) / max(1, self._targets)
         now = time.perf_counter()
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
+        parts = {name: float(t.all_sum(part.double())) / (state.step - self._step) for name, part in t.objective.parts().items()}
         self.into(state)
         state.losses["train"] = loss
         memory, wire = t.memory(), self._wire()
@@ -80,8 +81,10 @@ class Interval:
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
         } | wire | _memory(memory) | _layer_sparsity(t)  # fmt: skip
-        t.meter.write(record, tags)
-        t.run.show(record)
+        tags |= {f"loss/{name}": part for name, part in parts.items()}
+        told = record | {f"{name}_loss": part for name, part in parts.items()}
+        t.meter.write(told, tags)
+        t.run.show(told)
         self._loss, self._targets, self._tokens, self._mark, self._step = None, 0, state.tokens, now, state.step
 
     def _wire(self) -> dict[str, float]:

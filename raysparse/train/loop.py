@@ -111,15 +111,16 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int] | None:
     targets, leaving = t.all_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
     if leaving:
         return None
-    device = t.device
-    total = torch.zeros((), device=device)
+    micro_batches = [batch.to(t.device) for batch in micro_batches]
+    t.objective.begin(micro_batches, targets)
+    total = torch.zeros((), device=t.device)
     for i, batch in enumerate(micro_batches):
         t.watch.beat()
         with t.sharded.accumulate(last=i == len(micro_batches) - 1):
-            loss = _loss(t, batch, device, t.config.label_smoothing)
+            loss, cross_entropy = t.objective.loss(batch)
             sane = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-            (loss / max(1, targets) * sane).backward()
-        total += loss.detach()
+            (loss * sane).backward()
+        total += cross_entropy
     return total, targets, t.config.sequences * micro_batches[0].input_ids.shape[1]
 
 
@@ -151,7 +152,6 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
 @torch.no_grad()
 def validate(t: Training) -> tuple[float, float]:
     """Mean cross-entropy (nats) of the held-out sequences, and the standard error of that mean over sequences."""
-    device = t.device
     t.sharded.module.eval()
     if t.kernels is not None:
         t.kernels.begin(dense_gradient=False)
@@ -162,7 +162,7 @@ def validate(t: Training) -> tuple[float, float]:
     for start in range(0, share, t.config.micro):
         rows = mine[start : start + t.config.micro]
         batch = t.validation.batch(0, rows)
-        for row, flag, (loss, num) in zip(rows, counted[start:], _losses_by_row(t, batch, device), strict=False):
+        for row, flag, (loss, num) in zip(rows, counted[start:], _losses_by_row(t, batch.to(t.device)), strict=False):
             if flag:
                 sums[row] = torch.tensor([loss, num], dtype=torch.float64)
     t.sharded.module.train()
@@ -263,16 +263,11 @@ def _micro_batches(t: Training, step: int) -> list[Batch]:
     return [batch.rows(start, start + t.config.micro) for start in range(0, size, t.config.micro)]
 
 
-def _loss(t: Training, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:
-    logits = t.sharded.module(input_ids=batch.input_ids.to(device)).logits
-    return cross_entropy_sum(logits, batch.labels.to(device), smoothing)
-
-
-def _losses_by_row(t: Training, batch: Batch, device: torch.device) -> list[tuple[float, int]]:
+def _losses_by_row(t: Training, batch: Batch) -> list[tuple[float, int]]:
     """(sum of losses, predicted tokens) of each row."""
     with t.sharded.accumulate(last=True):
-        logits = t.sharded.module(input_ids=batch.input_ids.to(device)).logits
-    labels = batch.labels.to(device)
+        logits = t.sharded.module(input_ids=batch.input_ids).logits
+    labels = batch.labels
     return [(float(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1])), int((labels[i] != IGNORED).sum())) for i in range(len(labels))]
 
 
@@ -300,7 +295,8 @@ def _count(t: Training, step: int, tokens: int) -> None:
         thirds = [training_flops(t.arch, live, tokens, length, convention, seen) * (1 / 3) for live in products]
         executed = thirds[0] + thirds[1] + thirds[2]
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention) if reads else None
-    t.ledger.add(counted, dense, growth, executed)
+    teacher = dense * (t.objective.passes / 3) if t.objective.passes else None
+    t.ledger.add(counted, dense, growth, executed, teacher)
 
 
 def _stale(t: Training, state: State) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
@@ -178,15 +178,18 @@ class FSDP2(Sharded):
         config: ShardingConfig,
         device: str,
         dtype: torch.dtype,
+        wire: Wire | None = None,
+        offload: bool = False,
     ):
         world = dist.get_world_size()
         mesh = init_device_mesh(device, (config.replicas, world // config.replicas), mesh_dim_names=("replicate", "shard"))
         shards, replicas = mesh["shard"], mesh["replicate"].get_group() if config.replicas > 1 else None
         policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+        place = CPUOffloadPolicy() if offload and device != "cpu" else OffloadPolicy()
         for block in blocks.values():
-            fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-        fully_shard(module, mesh=shards, mp_policy=policy, reshard_after_forward=False)
-        self.module, self.wire = module, Wire()
+            fully_shard(block, mesh=shards, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, offload_policy=place)
+        fully_shard(module, mesh=shards, mp_policy=policy, reshard_after_forward=False, offload_policy=place)
+        self.module, self.wire = module, wire or Wire()
         self._parameters = {name: cast(DTensor, parameter) for name, parameter in module.named_parameters()}
         self.parts = {name: _part(parameter) for name, parameter in self._parameters.items()}
         self.ranks = ranks_of(shards.get_group(), torch.device(device)) if shards.size() > 1 else ALONE
@@ -362,19 +365,29 @@ class Fairscale(Sharded):
         return local.detach().cpu()
 
 
-def shard(module: nn.Module, blocks: Mapping[str, nn.Module], config: ShardingConfig, device: str, dtype: torch.dtype) -> Sharded:
+def shard(
+    module: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    config: ShardingConfig,
+    device: str,
+    dtype: torch.dtype,
+    wire: Wire | None = None,
+    offload: bool = False,
+) -> Sharded:
     """Spread a model that every rank built alike (float32, on the CPU) over the default process group.
 
     Args:
         blocks: the units that are gathered together under FSDP2.
         dtype: of the computation; weights, gradients over ranks and optimizer state stay float32.
+        wire: counts what is sent; None: one of its own.
+        offload: under FSDP2 on GPUs, keep this rank's rows in the memory of the host.
 
     One rank has nothing to shard: in float32 it holds the model whole, bit-equal to FSDP2 on one rank, which would copy every
     weight and gradient in each step for nothing (16 % of it on a CPU, docs/benchmarks.md). In bfloat16 FSDP2 does the casting.
     """
     alone = dist.get_world_size() == 1 and dtype == torch.float32
     if config.type == "fsdp2" and not alone:
-        return FSDP2(module, blocks, config, device, dtype)
+        return FSDP2(module, blocks, config, device, dtype, wire, offload)
     return (Fairscale if config.type == "fairscale" else Replicated)(module, device, dtype)
 
 

@@ -25,6 +25,7 @@ from raysparse.train.checkpoint import Checkpointer
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import Kernels
 from raysparse.train.metrics import Meter
+from raysparse.train.objective import Objective
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.run import Run
 from raysparse.train.shard import Sharded
@@ -119,6 +120,7 @@ class Training:
     parity: bool
     pace: Pace
     sharded: Sharded
+    objective: Objective
     optimizer: Optimizer
     agenda: Agenda
     keeper: Keeper | None

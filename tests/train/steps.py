@@ -23,6 +23,7 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
+from raysparse.train.distill import DistillationConfig
 from raysparse.train.loop import train
 from raysparse.train.metrics import Console
 from raysparse.train.optimizer import moments
@@ -65,9 +66,13 @@ def config(**sections: Any) -> training.TrainingRunConfig:
 
 
 def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> tuple[Training, State]:
-    """The product's assembly on this rank; goes on from the newest checkpoint in the folder. `sections` may have `adapters`."""
+    """The product's assembly on this rank; goes on from the newest checkpoint in the folder.
+
+    `sections` may have `adapters`, and `distillation`, whose teacher is a model of another seed.
+    """
     adapters = TypeAdapter(AnyAdapters).validate_python(sections.get("adapters", {"type": "none"}))
-    sections = {name: section for name, section in sections.items() if name != "adapters"}
+    taught = DistillationConfig.check({"teacher": "seed 4"} | sections["distillation"]) if "distillation" in sections else None
+    sections = {name: section for name, section in sections.items() if name not in ("adapters", "distillation")}
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
@@ -99,6 +104,8 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         steps_per_epoch=None,
         convention="spdf",
         adapters=adapters,
+        distillation=taught,
+        teacher=taught and build(settings.model, 4, context=CONTEXT),
     )
     job = Job("pretrain", settings.model_dump(mode="json"), {}, str(folder), "me")
     quiet = Console((folder / "console.txt").open("a"))
