@@ -4,6 +4,7 @@ raysparse plan      configs/pretrain/spdf_gpt3_xl.yaml          what a run will 
 raysparse pretrain  configs/debug.yaml --local                  train in this process, breakpoint() works
 raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RAY_ADDRESS, else a local one)
 raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
+raysparse prune     runs/quickstart sparsity.target=0.75 data.train.type=python_stdlib    at once: SparseGPT, Wanda, magnitude
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
 raysparse zeroshot  configs/zeroshot/lambada.yaml model.path=runs/quickstart    without training: perplexity, LAMBADA, choices
 raysparse score     --task e2e --outputs FILE --references FILE any system's outputs, by the task's official scores
@@ -42,6 +43,9 @@ HELP = {
     "pretrain": ("pre-train, dense or with masks, static or evolving", "Tokenizes the data once (cached), then trains on Ray Train "
                  "workers. The same command again goes on from the last checkpoint. The run folder ends with summary.json and export/, "
                  "a Hugging Face model."),
+    "prune": ("prune a trained model at once", "By SparseGPT, Wanda or magnitude (method.type), on some text or pairs of a task, block by "
+              "block, each on what the pruned blocks before it give. A folder or model.path names a run or a model in Hugging Face format. "
+              "The run folder ends with export/, a model with its masks: finetune model.path=RUN sparsity.masks=keep goes on from it."),
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead. --grid runs every combination of the config's grid "
                  "and scores the one that is best on the validation split."),
@@ -162,6 +166,7 @@ EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
     "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
+    "prune": "runs/tiny sparsity.target=0.75 data.train.type=python_stdlib data.context=128 method.damping=0.1",
     "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
     "zeroshot": "configs/zeroshot/lambada.yaml model.path=runs/tiny task.files=data/lambada.jsonl",
     "export": "run=runs/tiny to=models/tiny",
@@ -196,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ON_CLUSTER[args.verb](args, parser)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
+        elif args.verb == "prune":
+            args.words = [f"model.path={word}" if Path(word).is_dir() else word for word in args.words]
         elif getattr(args, "format", None):
             args.words.append(f"format={args.format}")
         files = [word for word in args.words if "=" not in word or (word[:7] != "prompt=" and Path(word).is_file())]
