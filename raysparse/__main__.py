@@ -11,6 +11,7 @@ raysparse score     --task e2e --outputs FILE --references FILE any system's out
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
 raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
+raysparse gradual   configs/gradual/docstrings.yaml             pruned and fine-tuned level by level, down to 90 %
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse tune      tuning/spaces/docstrings.yaml               how sparse may it be for my task? a search on Ray Tune
@@ -64,6 +65,8 @@ HELP = {
              "score against FLOPs, and how sparse the model may be. --resume goes on with a search that was interrupted; the models of the "
              "first level are shared by all searches of one run.folder. PATH.KEY: {choice: [...]}, {loguniform: [a, b]}, {uniform: [a, b]} "
              "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
+    "gradual": ("prune a trained model in stages, each fine-tuned with its mask kept", "Levels are SquareHead's eight, 50 to 90 %, unless "
+                "told otherwise. All stages run in one worker group; the same command goes on. Ends with a table of losses and scores."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
@@ -172,6 +175,7 @@ EXAMPLES = {
     "export": "run=runs/tiny to=models/tiny",
     "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
     "tune": "tuning/spaces/docstrings.yaml run.name=search algorithm.type=random",
+    "gradual": "configs/gradual/docstrings.yaml model.path=runs/tiny levels=[0.5,0.75]",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
 }
 
@@ -240,7 +244,9 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
 
 
 def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
-    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _compare, "tune": _tune}.get(verb, _train)
+    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _stages, "gradual": _stages, "tune": _tune}.get(
+        verb, _train
+    )
 
 
 def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -288,12 +294,13 @@ def _generate(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], st
     return facts, generate.show(facts)
 
 
-def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from raysparse.recipes import compare
+def _stages(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import compare, gradual
 
+    check, run = {"compare": (compare.dry_run, compare.compare), "gradual": (gradual.dry_run, gradual.gradual)}[args.verb]
     if args.dry_run:
-        return compare.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
-    return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
+        return check(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    return run(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
 def _tune(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain, prune, zeroshot
+from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, zeroshot
 from raysparse.recipes.job import Job
 from raysparse.report import bytes_text
 
@@ -18,6 +18,7 @@ CONFIGS: dict[str, type[Config]] = {
     "zeroshot": zeroshot.ZeroshotConfig,
     "export": export.ExportConfig,
     "generate": generate.GenerateConfig,
+    "gradual": gradual.GradualConfig,
     "compare": compare.CompareConfig,
 }
 """Verb -> its config."""

@@ -31,6 +31,7 @@ from raysparse.recipes.environment import write_environment
 from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job
 from raysparse.recipes.masks import digest_sum, nnz_of_bits, read_masks
+from raysparse.recipes.pretrain import check_sources
 from raysparse.recipes.training import finish, header
 from raysparse.sparsity.pattern import NM, Unstructured
 from raysparse.sparsity.plan import LevelsConfig, SparsityPlan
@@ -111,53 +112,68 @@ def plan_of(config: PruneConfig, model: Any) -> SparsityPlan:
     return SparsityPlan.build(shapes, config.sparsity)
 
 
-def check(config: PruneConfig) -> dict[str, Any]:
-    """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know."""
-    if config.model.path is None:
-        raise ConfigError("Expected model.path: a trained model to prune. Got a preset: random weights. Example: model.path=runs/tiny")
-    folder = evaluate.model_folder(config.model.path)
+def check_model(config: PruneConfig, like: str | None = None) -> tuple[str, SparsityPlan]:
+    """The model's folder or hub name, and how many of its weights are to live; a `ConfigError` for what does not fit.
+
+    Args:
+        like: a model of the same shapes and tokenizer, where an earlier stage of the same group will have made the model by then.
+    """
+    folder = like or model_of(config)
     if packed.is_packed(folder):
         raise ConfigError(f"Expected a model in Hugging Face format at {folder}. Got a packed one. Name the model that it was packed from.")
-    tokenizer = evaluate.load_tokenizer(folder)
     context = config.context if config.data is None else config.data.context
-    plan = plan_of(config, skeleton(_at(config, folder), len(tokenizer), context))
-    check_live(plan, config.sparsity.pattern, _masks_in(folder))
-    prepared: dict[str, Any] = {"model": folder, "tokenizer": folder}
+    plan = plan_of(config, skeleton(_at(config, folder), len(evaluate.load_tokenizer(folder)), context))
+    if like is None:
+        check_live(plan, config.sparsity.pattern, _masks_in(folder))
+    return folder, plan
+
+
+def check(config: PruneConfig, like: str | None = None) -> dict[str, Any]:
+    """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know."""
+    folder, _ = check_model(config, like)
+    prepared: dict[str, Any] = {"tokenizer": folder}
     if not Path(folder).is_dir():
         prepared["tokenizer"] = str(import_pretrained(PretrainedTokenizer(path=folder), Path(config.cache_dir).expanduser().absolute()))
-    content = {"model": evaluate.weights_digest(folder)}
+    content = {"model": evaluate.weights_digest(folder) if like is None else "of an earlier stage"}
     if config.task is not None:
         prepared["examples"] = str(evaluate.store_examples(config.task, config.cache_dir, ("train", "validation")))
         content["examples"] = Path(prepared["examples"]).stem
     if config.data is not None:
         found = prepare(config.data.model_copy(update={"tokenizer": PretrainedTokenizer(path=folder)}))
         prepared["tokens"], content["tokens"] = asdict(found), Path(found.train).parent.parent.name
-    samples_of(config, prepared, tokenizer)
+    samples_of(config, prepared, evaluate.load_tokenizer(folder))
     return prepared | {"content": content}
 
 
-def open_run(config: PruneConfig) -> Job:
+def open_run(config: PruneConfig, like: str | None = None) -> Job:
+    """Check the config and the model (see `check_model`), prepare the data, make or reopen the run folder."""
     check_folder("prune", config, config.run)
-    prepared = check(config)
+    prepared = check(config, like)
     return open_job("prune", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: PruneConfig) -> dict[str, Any]:
+    """Check what can be checked without tokenizing."""
     check_folder("prune", config, config.run)
-    return check(config)
+    folder, plan = check_model(config)
+    if config.task is not None:
+        evaluate.examples_of(config.task, "train")
+    if config.data is not None:
+        check_sources(config.data)
+    return {"model": folder, "nnz": plan.total, "total": plan.size, "sparsity": plan.sparsity}
 
 
 def work(job: Job, run: Run) -> dict[str, Any]:
     """Prune on this rank's share of the samples and layers; rank 0 writes the model. Returns the run's summary."""
     config = PruneConfig.check(job.config)
-    began = time.perf_counter()
+    began, folder = time.perf_counter(), model_of(config)
     forget_peak_memory()
     if run.rank == 0:
         write_environment(job.path, config.run)
     tokenizer = evaluate.load_tokenizer(job.prepared["tokenizer"])
     samples, validation = samples_of(config, job.prepared, tokenizer)
-    model: Any = build(_at(config, job.prepared["model"]), config.run.seed, len(tokenizer)).eval()
-    plan, before = plan_of(config, model), _masks_in(job.prepared["model"])
+    model: Any = build(_at(config, folder), config.run.seed, len(tokenizer)).eval()
+    plan, before = plan_of(config, model), _masks_in(folder)
     weights = dict(model.named_parameters())
     live = {name: before[name] if name in before else pack(weights[name].detach() != 0) for name in plan.shapes}
     check_live(plan, config.sparsity.pattern, live)
@@ -172,7 +188,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     summary = header(job, config, run) | {
         "model": {
             "class": type(model).__name__,
-            "path": job.prepared["model"],
+            "path": folder,
             "parameters": sum(weight.numel() for weight in weights.values()),
         },
         "sparsity": _sparsity(config, plan, masks, sum(weight.numel() for weight in weights.values())),
@@ -263,6 +279,13 @@ def _sparsity(config: PruneConfig, plan: SparsityPlan, masks: Mapping[str, Tenso
             for name, shape in plan.shapes.items()
         ],
     }
+
+
+def model_of(config: PruneConfig) -> str:
+    """Folder or hub name of the model."""
+    if config.model.path is None:
+        raise ConfigError("Expected model.path: a trained model to prune. Got a preset: random weights. Example: model.path=runs/tiny")
+    return evaluate.model_folder(config.model.path)
 
 
 def _at(config: PruneConfig, folder: str) -> ModelConfig:

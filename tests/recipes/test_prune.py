@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 def data(cache_dir: Path) -> dict[str, Any]:
     return {
-        "train": {"type": "python_stdlib", "max_bytes": 600_000},
+        "train": {"type": "python_stdlib", "max_bytes": 1_000_000},
         "validation": {"type": "holdout", "fraction": 0.1},
         "tokenizer": {"type": "train", "vocab_size": 300},
         "context": 64,
