@@ -46,17 +46,20 @@ def prune_model(
         }
         return _settle(rule, layers, statistics)
 
-    if not rule.reads_inputs:
-        return settle(list(plan.shapes), {})
-    walk = BlockWalk(model, chunks, list(plan.shapes))
+    names = list(plan.shapes)
     masks: dict[str, Tensor] = {}
+    if not rule.reads_inputs:
+        for first in range(0, len(names), dist.get_world_size()):  # one layer for each rank at a time
+            masks |= settle(names[first : first + dist.get_world_size()], {})
+        return masks
+    walk = BlockWalk(model, chunks, names)
     for number, (block, layers) in enumerate(walk.layers.items(), 1):
         if layers:
             masks |= settle(list(layers), _statistics(walk, block, rule))
             show(f"{block} is pruned, {number} of {len(walk.layers)} blocks")
         if number < len(walk.layers):
             walk.finish(block)
-    return {name: masks[name] for name in plan.shapes}
+    return {name: masks[name] for name in names}
 
 
 def check_live(plan: SparsityPlan, pattern: Pattern, live: Mapping[str, Tensor]) -> None:

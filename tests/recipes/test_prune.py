@@ -136,7 +136,7 @@ def test_a_sparse_model_is_pruned_further_and_nothing_comes_back(values):
         pruned(values, run={"name": "less"}, sparsity={"target": 0.4}, model={"path": str(half)})
     pattern = {"target": 0.75, "pattern": {"type": "n:m", "n": 1, "m": 4}}
     with pytest.raises(ConfigError, match=r"Expected 1 live weights in each group.*Got 0 in one.*Prune the dense model"):
-        pruned(values, run={"name": "groups"}, sparsity=pattern, model={"path": str(folder)})
+        pruned(values, run={"name": "groups"}, sparsity=pattern, model={"path": str(half)})
 
 
 def test_zeros_of_a_model_without_masks_are_dead_too(values):
