@@ -121,8 +121,8 @@ def check_model(config: PruneConfig, like: str | None = None) -> tuple[str, Spar
     folder = like or model_of(config)
     if packed.is_packed(folder):
         raise ConfigError(f"Expected a model in Hugging Face format at {folder}. Got a packed one. Name the model that it was packed from.")
-    context = config.context if config.data is None else config.data.context
-    plan = plan_of(config, skeleton(_at(config, folder), len(evaluate.load_tokenizer(folder)), context))
+    longest = config.data.context if config.data is not None else config.context if config.task is not None else None
+    plan = plan_of(config, skeleton(_at(config, folder), len(evaluate.load_tokenizer(folder)), longest))
     if like is None:
         check_live(plan, config.sparsity.pattern, _masks_in(folder))
     return folder, plan
