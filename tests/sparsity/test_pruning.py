@@ -30,13 +30,13 @@ def loss(weight, pruned, inputs):
 
 
 def test_wanda_by_hand():
-    weight = torch.tensor([[4.0, -3.0, 2.0, 1.0], [1.0, 1.0, -1.0, 1.0]])
+    weight = torch.tensor([[7.0, -3.0, 2.0, 1.0], [1.0, 1.0, -1.0, 1.0]])
     inputs = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 12.0], [0.0, 0.0, 0.0, 5.0]])
-    #   norms of the features:   1    2    2    13       scores:  4  6  4  13   and   1  2  2  13
+    #   norms of the features:   1    2    2    13       scores:  7  6  4  13   and   1  2  2  13
     rule = Wanda()
     pruned, mask = rule.prune(layer(weight, 4), rule.statistic(inputs))
-    assert mask.tolist() == [[False, True, False, True], [False, True, False, True]]  # a tie of 2 and 2: the first; two in each row
-    assert pruned.tolist() == [[0.0, -3.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
+    assert mask.tolist() == [[True, False, False, True], [False, True, False, True]]  # a tie of 2 and 2: the first; two in each row
+    assert pruned.tolist() == [[7.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
 
 
 def test_magnitude_by_hand():
