@@ -110,7 +110,7 @@ def folders(config: Any) -> dict[str, str]:
     found = {"run.folder": config.run.folder}
     for prefix, one in stages(config).items():
         values = one.model_dump(mode="json")
-        places = {"cache_dir": values, "data.cache_dir": values.get("data", {})}
+        places = {"cache_dir": values, "data.cache_dir": values.get("data") or {}}
         found |= {f"{prefix}{key}": at["cache_dir"] for key, at in places.items() if "cache_dir" in at}
     return found
 
@@ -195,7 +195,7 @@ def _with_folders_here(config: Any, scratch: str) -> Any:
     values = config.model_dump(mode="json")
     if not Path(config.run.folder).expanduser().is_dir():
         values = merge(values, {"run": {"folder": f"{scratch}/runs"}})
-    for at in (values, values.get("data", {})):
+    for at in (values, values.get("data") or {}):
         if "cache_dir" in at and not Path(at["cache_dir"]).expanduser().parent.is_dir():
             at["cache_dir"] = f"{scratch}/cache"
     return type(config).check(values)

@@ -5,7 +5,7 @@ dense, the twin of the others. SPDF from end to end is the default pair with a f
 weight alive and once with its mask kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +34,14 @@ class StageConfig(Config):
     """Config files of the stage's own verb, merged left to right."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys to change, for example ``pretrain.set.training.length=100`` on the command line."""
+
+    def values(self, run: RunConfig, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain config of a stage below the folder of `run`: files, the user's changes, `own`, and what holds for all stages."""
+        values: dict[str, Any] = {}
+        for file in self.files:
+            values = merge(values, read_yaml(file))
+        common = run.model_dump(mode="json") | {"name": name, "folder": str(run.path)}
+        return merge(merge(merge(values, self.set), own), {"run": common})
 
 
 class CompareConfig(Config):
@@ -95,7 +103,7 @@ def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
     for name, changes in config.methods.items():
         own = merge({"sparsity": {"target": config.sparsity}}, changes)
         with _in_method(name):
-            configs[f"pretrain-{name}"] = PretrainConfig.check(_values(config, config.pretrain, f"pretrain-{name}", own))
+            configs[f"pretrain-{name}"] = PretrainConfig.check(config.pretrain.values(config.run, f"pretrain-{name}", own))
     return configs
 
 
@@ -108,7 +116,7 @@ def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
         for masks, end in (("lift", "dense"), ("keep", "sparse")):
             if end == "dense" or _ends_sparse(parent):
                 own = {"model": {"path": str(parent.run.path)}, "sparsity": {"masks": masks}}
-                configs[f"{name}-to-{end}"] = FinetuneConfig.check(_values(config, config.finetune, f"{name}-to-{end}", own))
+                configs[f"{name}-to-{end}"] = FinetuneConfig.check(config.finetune.values(config.run, f"{name}-to-{end}", own))
     return configs
 
 
@@ -173,12 +181,3 @@ def _parent(stage: FinetuneConfig) -> str:
     """The pre-training stage that a fine-tuning starts from."""
     assert stage.model.path is not None
     return Path(stage.model.path).name
-
-
-def _values(config: CompareConfig, stage: StageConfig, name: str, own: dict[str, Any]) -> dict[str, Any]:
-    """The plain config of a stage: its files, the user's changes, what the comparison needs, and the common run section."""
-    values: dict[str, Any] = {}
-    for file in stage.files:
-        values = merge(values, read_yaml(file))
-    common = config.run.model_dump(mode="json") | {"name": name, "folder": str(config.run.path)}
-    return merge(merge(merge(values, stage.set), own), {"run": common})

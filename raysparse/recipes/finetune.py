@@ -135,11 +135,21 @@ def _check_model(config: FinetuneConfig) -> None:
 
 
 def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
-    """The digest of a teacher whose blocks, vocabulary and tokenizer are the student's."""
-    folder = evaluate.model_folder(distillation.teacher)
-    tokenizer = evaluate.load_tokenizer(tokenizer_folder)
-    mine = architecture(config.model, len(tokenizer), config.context)
+    """The digest of a teacher whose tokenizer is the student's, and whose blocks are, as far as it is known by now."""
+    folder, tokenizer = evaluate.model_folder(distillation.teacher), evaluate.load_tokenizer(tokenizer_folder)
     its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context)
+    if (Path(tokenizer_folder) / "config.json").exists():
+        student = config.model.model_copy(update={"preset": None, "path": tokenizer_folder})
+        _check_alike(distillation, architecture(student, len(tokenizer), config.context), its)
+    if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
+            "Take a teacher that reads the same tokens."
+        )
+    return evaluate.weights_digest(folder)
+
+
+def _check_alike(distillation: DistillationConfig, mine: Any, its: Any) -> None:
     keys = [key for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size") if getattr(mine, key) != getattr(its, key)]
     if keys:
         raise ConfigError(
@@ -147,12 +157,6 @@ def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tok
             f"Got {', '.join(f'{key} {getattr(its, key)} instead of {getattr(mine, key)}' for key in keys)}. "
             "Take the dense model that the student was pruned from, fine-tuned on the task."
         )
-    if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
-            "Take a teacher that reads the same tokens."
-        )
-    return evaluate.weights_digest(folder)
 
 
 def _teacher_model(config: FinetuneConfig, distillation: DistillationConfig) -> ModelConfig:
@@ -193,6 +197,10 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         seed=config.run.seed,
         nnz=nnz_of_bits(read_masks(str(folder / MASKS), folder)) if keep else {},
     )
+    taught = config.distillation
+    teacher = taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context)
+    if taught is not None:
+        _check_alike(taught, model.config, teacher.config)
     parts = training.Ingredients(
         model=model,
         sparse=shapes,
@@ -206,8 +214,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
         adapters=config.adapters,
-        distillation=(taught := config.distillation),
-        teacher=taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context),
+        distillation=taught,
+        teacher=teacher,
     )
     parent = folder.parent / "summary.json"
     facts = {

@@ -142,7 +142,7 @@ def check(config: PretrainConfig) -> Prepared:
         agenda = agenda_of(config, model, nnz_of_bits(given_masks(config, model)))
         training.hybrid_attention(agenda, model, resolve_device(config.run))
 
-    together(lambda: training.check_sizes(config), check_model, lambda: check_sources(config))
+    together(lambda: training.check_sizes(config), check_model, lambda: check_sources(config.data))
     prepared = prepare(config.data)
     agenda_of(config, skeleton(config.model, prepared.vocab_size, config.data.context))
     return prepared
@@ -170,13 +170,13 @@ def dry_run(config: PretrainConfig) -> dict[str, Any]:
 
     check_folder("pretrain", config, config.run)
     facts = plan(config)
-    check_sources(config)
+    check_sources(config.data)
     return facts
 
 
-def check_sources(config: PretrainConfig) -> None:
+def check_sources(data: DataConfig) -> None:
     """Local data must be there; the hub is not asked."""
-    for source in (config.data.train, config.data.validation):
+    for source in (data.train, data.validation):
         if not isinstance(source, Holdout | Hub):
             source.fingerprint()
 

@@ -193,7 +193,7 @@ def _passing_on_sigterm(leave: Path, grace_s: float) -> Iterator[None]:
 
 def _folders(jobs: Sequence[Job]) -> list[Path]:
     """Where the jobs read and write: those of the runs, and the caches of what was prepared."""
-    caches = {cache for job in jobs for at in (job.config, job.config.get("data", {})) if (cache := at.get("cache_dir"))}
+    caches = {cache for job in jobs for at in (job.config, job.config.get("data") or {}) if (cache := at.get("cache_dir"))}
     return list(dict.fromkeys([*(job.path.parent for job in jobs), *(Path(cache).expanduser().absolute() for cache in sorted(caches))]))
 
 
