@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -97,7 +98,11 @@ def stat(pid: int) -> list[str]:
 
 def family(pid: int) -> list[int]:
     """A process, and all that it has started and they have."""
-    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    children: list[int] = []
+    with suppress(OSError):  # it has ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # this thread of it has
+                children += map(int, (task / "children").read_text().split())
     return [pid, *(one for child in children for one in family(child))]
 
 
@@ -129,6 +134,7 @@ class Fault:
         self._file, self._step, self._strike, self._after = folder / "progress.jsonl", step, strike, after
         self._struck = self._back = 0.0
         self._last = 0
+        self._failed: Exception | None = None
         self.went_on_from: int | None = None
         self._over, self._thread = Event(), Thread(target=self._follow, daemon=True)
 
@@ -142,6 +148,8 @@ class Fault:
 
     @property
     def struck(self) -> bool:
+        if self._failed is not None:
+            raise self._failed
         return self._struck > 0
 
     @property
@@ -179,5 +187,9 @@ class Fault:
         elif not self.struck or self._after == 1:
             self._last = record["step"]
         if not self.struck and record["step"] >= self._step:
-            found = self._strike()
+            try:
+                found = self._strike()
+            except Exception as error:
+                self._failed = error
+                raise
             self._struck = found if isinstance(found, float) else time.time()

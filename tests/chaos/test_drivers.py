@@ -178,8 +178,12 @@ def lose(address: str) -> None:
     port = address.rpartition(":")[2]
     (head,) = [pid for pid in family(os.getpid()) if "start\0--head\0" in (words := cmdline(pid)) and f"--dashboard-port={port}" in words]
     for pid in family(head):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def cmdline(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has ended meanwhile
+        return ""

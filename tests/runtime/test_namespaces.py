@@ -80,9 +80,13 @@ def ray_node(host: str, number: int) -> Iterator[None]:
             process.wait()
 
 
-def wait(done: Any, patience_s: float) -> None:
+def wait(done: Any, patience_s: float, process: subprocess.Popen[str] | None = None) -> None:
+    """Args:
+    process: that is to live meanwhile.
+    """
     deadline = time.monotonic() + patience_s
     while not done():
+        assert process is None or process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.1)
 
@@ -136,15 +140,15 @@ def test_a_cut_link(hosts, pretrain_values, tmp_path):
         stack.enter_context(ray_node(hosts[0], 0))
         with ray_node(hosts[1], 1):
             run = stack.enter_context(driver(hosts[0], wanted, tmp_path, "tests.runtime.slow"))
-            wait(lambda: last(folder)["step"] >= 40 and last(folder)["workers"] == 2, 240)
+            wait(lambda: last(folder)["step"] >= 40 and last(folder)["workers"] == 2, 240, run)
             ip("link", "set", cable, "down")
             cut = time.monotonic()
-            wait(lambda: last(folder)["workers"] == 1, 240)
+            wait(lambda: last(folder)["workers"] == 1, 240, run)
             print(f"on one host {time.monotonic() - cut:.0f} s after the cut")
             ip("link", "set", cable, "up")
         back = time.monotonic()
         with ray_node(hosts[1], 1):
-            wait(lambda: last(folder)["workers"] == 2, 240)
+            wait(lambda: last(folder)["workers"] == 2, 240, run)
             print(f"on two hosts {time.monotonic() - back:.0f} s after the link was back")
             ended_well(run)
     whole = alone(merge(wanted, {"run": {"name": "whole"}})).path
