@@ -197,9 +197,9 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         seed=config.run.seed,
         nnz=nnz_of_bits(read_masks(str(folder / MASKS), folder)) if keep else {},
     )
-    taught = config.distillation
-    teacher = taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context)
-    if taught is not None:
+    teacher = None
+    if (taught := config.distillation) is not None:
+        teacher = build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context)
         _check_alike(taught, model.config, teacher.config)
     parts = training.Ingredients(
         model=model,
