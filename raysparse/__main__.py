@@ -169,7 +169,7 @@ EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
     "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
-    "prune": "runs/tiny sparsity.target=0.75 data.train.type=python_stdlib data.context=128 method.damping=0.1",
+    "prune": "configs/prune/text.yaml model.path=runs/tiny sparsity.target=0.75 method.damping=0.1",
     "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
     "zeroshot": "configs/zeroshot/lambada.yaml model.path=runs/tiny task.files=data/lambada.jsonl",
     "export": "run=runs/tiny to=models/tiny",
