@@ -16,7 +16,8 @@ class Held:
     """By some processes together.
 
     Attributes:
-        memory_bytes: resident; pages that n processes share count 1/n in each (PSS).
+        memory_bytes: resident and anonymous: what they have allocated. Files that are mapped, such as libraries, do not count: how much of
+            them is resident, and whose, depends on what else runs on the machine.
         handles: open file descriptors.
     """
 
@@ -54,8 +55,8 @@ def held(pid: int) -> Held | None:
     """None where it has ended."""
     here = PROC / str(pid)
     try:
-        memory = 1024 * int(_value((here / "smaps_rollup").read_text(), "Pss"))
-        threads = int(_value((here / "status").read_text(), "Threads"))
+        status = (here / "status").read_text()
+        memory, threads = 1024 * int(_value(status, "RssAnon")), int(_value(status, "Threads"))
         return Held(1, memory, len(os.listdir(here / "fd")), threads)
     except (OSError, StopIteration):
         return None

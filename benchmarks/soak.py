@@ -36,6 +36,8 @@ from raysparse.train.checkpoint import MARKER, committed
 from raysparse.train.state import HISTORY
 
 SAVE_S, LOOK_S = 30.0, 10.0
+KINDS = ("checkpoints", "metrics", "progress", "tensorboard")
+"""How files and folders of a run begin. Journals count apart: the run's, and the copies in its checkpoints."""
 
 
 def config(folder: Path, name: str, warmup: int, steps: int, save_every: int) -> Path:
@@ -142,22 +144,17 @@ def look(folder: Path, root: int) -> dict[str, Any]:
         if (one := held(pid)) is not None:
             role = "command" if pid == root else "workers" if pid in workers else role_of(command(pid))
             roles[role] = roles[role] + one if role in roles else one
-    sizes = _sizes(folder)
-    kinds = {
-        "checkpoints": "checkpoints/",
-        "journal": HISTORY,
-        "metrics": "metrics.jsonl",
-        "progress": PROGRESS,
-        "tensorboard": "tensorboard/",
-    }
-    parts = {kind: sum(size for file, size in sizes.items() if file.startswith(at)) for kind, at in kinds.items()}
+    parts: dict[str, int] = {}
+    for file, size in _sizes(folder).items():
+        kind = "journal" if file.endswith(HISTORY) else next((name for name in KINDS if file.startswith(name)), "rest of the folder")
+        parts[kind] = parts.get(kind, 0) + size
     return {
         "step": last_step(folder),
         "workers": workers,
         "roles": {role: asdict(one) for role, one in roles.items()},
         "object_store_bytes": object_store_bytes(folder),
         "checkpoints": len(committed(folder / "checkpoints")),
-        "disk": parts | {"rest of the folder": sum(sizes.values()) - sum(parts.values()), "Ray's logs": log_bytes(root)},
+        "disk": parts | {"Ray's logs": log_bytes(root)},
     }
 
 
