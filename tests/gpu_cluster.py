@@ -31,7 +31,7 @@ from tests.train.steps import differences, run
 
 PATTERNS = {
     "unstructured": {"target": 0.75},
-    "2:4": {"pattern": {"type": "n:m", "n": 2, "m": 4}},
+    "2:4": {"target": 0.5, "pattern": {"type": "n:m", "n": 2, "m": 4}},
     "4x4 blocks": {"target": 0.75, "pattern": {"type": "block", "size": 4}},
 }
 STEPS, UPDATE = 8, 3

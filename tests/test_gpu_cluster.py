@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from raysparse.sparsity.plan import SparsityConfig
 from tests.gpu_cluster import Case, cases, main, problem
 
 CASE = Case("unstructured", "mixed", 1, "on", True)
@@ -33,6 +34,10 @@ def test_masks_count_without_parity():
     static = Case("unstructured", "static", 1, "on", False)
     assert problem(static, result(), result(**{"model/3": torch.ones(2)})) is None
     assert problem(static, result(), result(digest="b")) == "the masks"
+
+
+def test_no_case_is_dense():
+    assert all(SparsityConfig.check(case.sparsity()).wants_masks for case in cases(2))
 
 
 def test_every_pattern_and_way_is_tried():

@@ -39,8 +39,10 @@ def check_folder(config: SearchConfig, resume: bool) -> None:
 
 
 def check(search: Search) -> None:
-    """Models, data and disk, before anything is started; tokenizes the data (cached)."""
+    """Every point that is known by now, models and data, before anything is started; tokenizes the data (cached)."""
     config = search.config
+    for point in () if isinstance(config.algorithm, Optuna | NSGA2) else search.points():
+        search.trial_config(point)
     tokenizer: str | None = None
     for model in map(search.pretrain_config, search.first_level()):
         done = (model.run.path / "summary.json").exists()
