@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo tune-demo test test-slow chaos fuzz check format bench clean
+.PHONY: help setup quickstart mst-demo tune-demo test test-slow chaos soak gpu-cluster fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ test-slow: $(VENV)/installed-dev ## the slow tests: whole commands, kill and res
 chaos: $(VENV)/installed-dev ## the faults of docs/faults.md, each against an uninterrupted run; prints their table
 	$(BIN)/python -m pytest tests/chaos -m chaos
 
+gpu-cluster: $(VENV)/installed-dev ## whether all GPUs of this machine train what one does; ends in a table (two or more GPUs)
+	$(BIN)/python -m tests.gpu_cluster
+
+soak: $(VENV)/installed-dev ## an hour of a run that loses a worker every five minutes: is what it holds flat?
+	$(BIN)/python -m benchmarks.soak --out benchmarks/results
+
 fuzz: $(VENV)/installed-dev ## the native kernels under AddressSanitizer and UBSan, on drawn cases
 	$(BIN)/python -m tests.kernels.fuzz
 
@@ -46,6 +52,7 @@ bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.step --rounds 15 --out benchmarks/results
 	$(BIN)/python -m benchmarks.masks --out benchmarks/results
 	$(BIN)/python -m benchmarks.topology --out benchmarks/results
+	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results
 	$(BIN)/python -m benchmarks.startup --runs 5 --out benchmarks/results
 	$(BIN)/python -m benchmarks.cpu_kernels --out benchmarks/results
 	$(BIN)/python -m benchmarks.cpu_step --out benchmarks/results

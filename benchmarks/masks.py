@@ -94,7 +94,7 @@ def report_peaks(found: dict[str, dict[str, int]]) -> str:
 
 def on_ranks(num_ranks: int, size: Size) -> dict[str, Any]:
     """`measure` on that many gloo ranks of this machine."""
-    return _alone(measure, size, num_ranks=num_ranks)
+    return alone(measure, size, num_ranks=num_ranks)
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables, peaks = [report(results)], {}
     if args.peak:
         size = Size(12, 768, 50257, 256)
-        peaks = {name: _alone(peak, size, sparsity, state) for name, (sparsity, state) in PEAKS.items()}
+        peaks = {name: alone(peak, size, sparsity, state) for name, (sparsity, state) in PEAKS.items()}
         tables.append("## A step of GPT-2 Small on one worker\n\n" + report_peaks(peaks))
     print("\n".join(tables))
     if args.out:
@@ -145,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(not all(fits))
 
 
-def _alone(function: Callable[..., Any], *arguments: Any, num_ranks: int = 1) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any, num_ranks: int = 1) -> Any:
     """Rank 0's result of ``function(folder, *arguments)`` in processes of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (num_ranks, port, folder, function, arguments), num_ranks)
-        return torch.load(Path(folder) / "result.pt")
+        return torch.load(Path(folder) / "result.pt", weights_only=True)
 
 
 def _save(folder: Path, t: Training) -> Path:

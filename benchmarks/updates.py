@@ -174,7 +174,7 @@ def on_ranks(num_ranks: int, models: Mapping[str, Size], updates: int) -> list[d
     """`together` on that many gloo ranks of this machine, one thread each."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (num_ranks, folder, models, updates), num_ranks)
-        return torch.load(Path(folder) / "result.pt")
+        return torch.load(Path(folder) / "result.pt", weights_only=True)
 
 
 def together(folder: Path, models: Mapping[str, Size], updates: int) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def folders(config: Any) -> dict[str, str]:
     found = {"run.folder": config.run.folder}
     for prefix, one in stages(config).items():
         values = one.model_dump(mode="json")
-        places = {"cache_dir": values, "data.cache_dir": values.get("data", {})}
+        places = {"cache_dir": values, "data.cache_dir": values.get("data") or {}}
         found |= {f"{prefix}{key}": at["cache_dir"] for key, at in places.items() if "cache_dir" in at}
     return found
 
@@ -152,17 +152,18 @@ def check_resources(run: RunConfig, nodes: Sequence[Node], grows: bool) -> str:
         ConfigError: the nodes can never hold the workers.
     """
     num_gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
-    gpu = run.device == "cuda" or (run.device == "auto" and num_gpus >= run.workers)  # as `launch` decides
+    gpu = run.device == "cuda" or (run.device == "auto" and num_gpus >= run.sizes[0])  # as `launch` decides
     each = f"{run.threads} CPU{' and 1 GPU' if gpu else ''}"
     room = {node.name: _room(node, run.threads, gpu) for node in nodes}
     told = ", ".join(f"{node.name} holds {room[node.name]} ({_amounts(node)})" for node in nodes[:8]) + (", ..." if len(nodes) > 8 else "")
     total = sum(room.values())
-    if total >= run.workers:
-        return f"{run.workers} workers of {each}: the cluster holds {total} ({told})"
+    wanted = f"{run.workers}" if isinstance(run.workers, int) else "{} to {}".format(*run.workers)
+    if total >= run.sizes[0]:
+        return f"{wanted} workers of {each}: the cluster holds {total} ({told})"
     if grows:
-        return f"{run.workers} workers of {each}: the cluster holds {total} now ({told}); its autoscaler has to add nodes"
+        return f"{wanted} workers of {each}: the cluster holds {total} now ({told}); its autoscaler has to add nodes"
     raise ConfigError(
-        f"Expected a cluster that holds {run.workers} workers of {each} each (run.workers={run.workers}, run.threads={run.threads}, "
+        f"Expected a cluster that holds {run.sizes[0]} workers of {each} each (run.workers={run.workers}, run.threads={run.threads}, "
         f"run.device={run.device}). Got room for {total}: {told}. Lower run.workers or run.threads, or add nodes; "
         "with --autoscaling if the cluster adds them itself."
     )
@@ -194,7 +195,7 @@ def _with_folders_here(config: Any, scratch: str) -> Any:
     values = config.model_dump(mode="json")
     if not Path(config.run.folder).expanduser().is_dir():
         values = merge(values, {"run": {"folder": f"{scratch}/runs"}})
-    for at in (values, values.get("data", {})):
+    for at in (values, values.get("data") or {}):
         if "cache_dir" in at and not Path(at["cache_dir"]).expanduser().parent.is_dir():
             at["cache_dir"] = f"{scratch}/cache"
     return type(config).check(values)

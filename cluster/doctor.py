@@ -13,6 +13,7 @@ from typing import Any
 from cluster import probe
 from raysparse.config import ConfigError
 from raysparse.report import bytes_text
+from raysparse.runtime import interface
 from raysparse.runtime.launch import SETTINGS
 
 PATIENCE_S = 60.0
@@ -81,7 +82,8 @@ def _nobody(address: str, problem: str) -> ConfigError:
 def _examine(ray: Any, folder: str | None) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.cloudpickle.register_pickle_by_value(probe)
+    for module in (probe, interface):
+        ray.cloudpickle.register_pickle_by_value(module)
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
     names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in alive}
     actor = ray.remote(num_cpus=0, max_restarts=0)(probe.Probe)
@@ -99,7 +101,14 @@ def _examine(ray: Any, folder: str | None) -> dict[str, Any]:
             nodes[name] |= {"ray_gpus": int(node["Resources"].get("GPU", 0)), "ray_cpus": int(node["Resources"].get("CPU", 0))}
             nodes[name] |= {"clock_s": _clock(ray, probes[name])}
     links = _links(ray, probes)
-    problems += [*check_versions(nodes), *check_gpus(nodes), *check_memory(nodes), *check_clocks(nodes), *check_links(links)]
+    problems += [
+        *check_versions(nodes),
+        *check_gpus(nodes),
+        *check_memory(nodes),
+        *check_clocks(nodes),
+        *check_links(links),
+        *check_interfaces(nodes),
+    ]
     if folder is not None:
         problems += _check_folder(ray, probes, Path(folder).expanduser().absolute())
     notes = ["No folder was looked at: --folder FOLDER tells whether all nodes share it."] if folder is None and len(nodes) > 1 else []
@@ -198,6 +207,16 @@ def check_links(links: Mapping[str, float]) -> list[str]:
     return [f"{link} carries {bytes_text(speed)}/s. {remedy}" for link, speed in links.items() if speed < SLOW_BYTES_PER_S]
 
 
+def check_interfaces(nodes: Mapping[str, Any]) -> list[str]:
+    """Of one node alone the host name will do."""
+    return [
+        f"No network interface of {name} has the address that Ray knows it by, so ranks may look for each other at a wrong one. Start "
+        f"Ray there with --node-ip-address, or with {interface.VARIABLE} (and on GPUs NCCL_SOCKET_IFNAME) set to the interface to use."
+        for name, facts in nodes.items()
+        if len(nodes) > 1 and facts["interface"] is None
+    ]
+
+
 def _check_folder(ray: Any, probes: Mapping[str, Any], folder: Path) -> list[str]:
     """Every node sees what this process writes, and this process sees what every node writes."""
     mark = folder / f".raysparse-{secrets.token_hex(6)}"
@@ -229,7 +248,7 @@ def show(facts: Mapping[str, Any]) -> str:
             f"node          {name}, {node['host']}",
             f"              {versions}",
             f"              {node['cores']} cores ({node['ray_cpus']} in Ray), {gpus}, /dev/shm {bytes_text(node['shm_bytes'] or 0)}, "
-            f"clock {offset:+.3f} s ± {error:.3f}",
+            f"clock {offset:+.3f} s ± {error:.3f}, interface {node['interface'] or 'unknown'}",
         ]
     lines += [
         f"link          {link}: {bytes_text(speed)}/s (object store, {bytes_text(SENT_BYTES)})" for link, speed in facts["links"].items()

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysparse.runtime.interface import VARIABLE, interface_of
+
 PACKAGES = ("torch", "ray", "raysparse")
 
 
@@ -16,11 +18,14 @@ class Probe:
     """An actor, one on each node; it takes nothing of the cluster's CPUs."""
 
     def facts(self) -> dict[str, Any]:
+        from ray.util import get_node_ip_address
+
         memory = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
         return {
             "host": platform.node(),
             "versions": {"python": platform.python_version()} | {name: self._version(name) for name in PACKAGES},
             "cores": os.cpu_count(),
+            "interface": os.environ.get(VARIABLE) or interface_of(get_node_ip_address()),
             "gpus": self._gpus(),
             "shm_bytes": None if memory is None else memory.f_blocks * memory.f_frsize,
         }

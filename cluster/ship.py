@@ -20,6 +20,7 @@ SECRETS = (
     *("credentials*", "*credentials.json", ".git-credentials", "client_secret*", "service-account*.json", "service_account*.json"),
     *("secret", "secret.*", "secrets", "secrets.*", "*.secret", "*.secrets", "*password*.txt", "kubeconfig*", "*.kubeconfig", "*.tfstate*"),
     *("token", "token.txt", "token.json", "*.token", "*_token", "*-token", "*_token.txt", "*-token.txt", "auth_token*", ".vault*"),
+    *("kaggle.json", ".kaggle", ".s3cfg", ".boto", ".dockercfg", "rclone.conf", ".my.cnf"),
     *(".ssh", ".aws", ".azure", ".gcloud", ".config", ".gnupg", ".kube", ".docker", ".ray", ".huggingface"),
 )
 """Never shipped: names of files and folders at any depth, in any case (`fnmatch`); of a folder everything below it."""

@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@120
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -23,4 +24,17 @@ read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # no `| hea
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     ray symmetric-run --address "$head_node:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --dashboard-host=127.0.0.1 \
-    -- python -m raysparse "$@"
+    -- python -m raysparse "$@" &
+srun=$!
+
+# Two minutes before the time is up (and before pre-emption, where PreemptParameters=send_user_signal) the run is told to save and leave.
+# It is the process on this node that Slurm's own signal would reach together with all of Ray.
+trap 'pkill -TERM -u "$(id -u)" -f "^[^ ]*python[^ ]* -m raysparse"' TERM
+wait "$srun" && status=0 || status=$?
+while kill -0 "$srun" 2>/dev/null; do # the signal has ended the wait, not the run
+    wait "$srun" && status=0 || status=$?
+done
+if [ "$status" -eq 143 ]; then # saved and left: the same job goes on from there
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

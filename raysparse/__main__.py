@@ -4,12 +4,14 @@ raysparse plan      configs/pretrain/spdf_gpt3_xl.yaml          what a run will 
 raysparse pretrain  configs/debug.yaml --local                  train in this process, breakpoint() works
 raysparse pretrain  configs/quickstart.yaml run.workers=2       train on Ray (RAY_ADDRESS, else a local one)
 raysparse finetune  configs/finetune/docstrings.yaml model.path=runs/quickstart
+raysparse prune     runs/quickstart sparsity.target=0.75 data.train.type=python_stdlib    at once: SparseGPT, Wanda, magnitude
 raysparse evaluate  configs/finetune/docstrings.yaml model.path=runs/docstrings
 raysparse zeroshot  configs/zeroshot/lambada.yaml model.path=runs/quickstart    without training: perplexity, LAMBADA, choices
 raysparse score     --task e2e --outputs FILE --references FILE any system's outputs, by the task's official scores
 raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -> a Hugging Face folder
 raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
 raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
+raysparse gradual   configs/gradual/docstrings.yaml             pruned and fine-tuned level by level, down to 90 %
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse tune      tuning/spaces/docstrings.yaml               how sparse may it be for my task? a search on Ray Tune
@@ -42,6 +44,9 @@ HELP = {
     "pretrain": ("pre-train, dense or with masks, static or evolving", "Tokenizes the data once (cached), then trains on Ray Train "
                  "workers. The same command again goes on from the last checkpoint. The run folder ends with summary.json and export/, "
                  "a Hugging Face model."),
+    "prune": ("prune a trained model at once", "By SparseGPT, Wanda or magnitude (method.type), on some text or pairs of a task, block by "
+              "block, each on what the pruned blocks before it give. A folder or model.path names a run or a model in Hugging Face format. "
+              "The run folder ends with export/, a model with its masks: finetune model.path=RUN sparsity.masks=keep goes on from it."),
     "finetune": ("fine-tune a pre-trained model on a task, and score it", "model.path names a run or a Hugging Face folder. "
                  "sparsity.masks=lift revives the zeros (SPDF), keep leaves them dead. --grid runs every combination of the config's grid "
                  "and scores the one that is best on the validation split."),
@@ -60,6 +65,8 @@ HELP = {
              "score against FLOPs, and how sparse the model may be. --resume goes on with a search that was interrupted; the models of the "
              "first level are shared by all searches of one run.folder. PATH.KEY: {choice: [...]}, {loguniform: [a, b]}, {uniform: [a, b]} "
              "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
+    "gradual": ("prune a trained model in stages, each fine-tuned with its mask kept", "Levels are SquareHead's eight, 50 to 90 %, unless "
+                "told otherwise. All stages run in one worker group; the same command goes on. Ends with a table of losses and scores."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
@@ -162,11 +169,13 @@ EXAMPLES = {
     "plan": "configs/pretrain/spdf_gpt3_xl.yaml run.workers=64 sparsity.target=0.5",
     "pretrain": "configs/quickstart.yaml run.workers=2 sparsity.target=0.75",
     "finetune": "configs/finetune/docstrings.yaml model.path=runs/tiny sparsity.masks=keep",
+    "prune": "configs/prune/text.yaml model.path=runs/tiny sparsity.target=0.75 method.damping=0.1",
     "evaluate": "configs/evaluate/docstrings.yaml model.path=runs/docstrings run.workers=2",
     "zeroshot": "configs/zeroshot/lambada.yaml model.path=runs/tiny task.files=data/lambada.jsonl",
     "export": "run=runs/tiny to=models/tiny",
     "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
     "tune": "tuning/spaces/docstrings.yaml run.name=search algorithm.type=random",
+    "gradual": "configs/gradual/docstrings.yaml model.path=runs/tiny levels=[0.5,0.75]",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
 }
 
@@ -196,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ON_CLUSTER[args.verb](args, parser)
         if args.verb == "generate":
             args.words = [_literal(word) if word.startswith("prompt=") else word for word in args.words]
+        elif args.verb == "prune":
+            args.words = [f"model.path={word}" if Path(word).is_dir() else word for word in args.words]
         elif getattr(args, "format", None):
             args.words.append(f"format={args.format}")
         files = [word for word in args.words if "=" not in word or (word[:7] != "prompt=" and Path(word).is_file())]
@@ -213,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from raysparse.train.error import TrainingError
+    from raysparse.train.error import Left, TrainingError
     from raysparse.train.process import torchrun_rank
 
     kind = _config_type(args.verb, files, overrides)
@@ -228,12 +239,18 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
     except TrainingError as error:
         print(f"raysparse: {error}", file=sys.stderr)
         return 1
+    except Left as error:
+        if rank == 0:
+            print(f"raysparse: {error}", file=sys.stderr)
+        return 143  # as of a process that SIGTERM has ended: whoever sent it sees that the run is not finished
     print(json.dumps(facts, indent=1) if args.json else text)
     return 0
 
 
 def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
-    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _compare, "tune": _tune}.get(verb, _train)
+    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _stages, "gradual": _stages, "tune": _tune}.get(
+        verb, _train
+    )
 
 
 def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -281,12 +298,13 @@ def _generate(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], st
     return facts, generate.show(facts)
 
 
-def _compare(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from raysparse.recipes import compare
+def _stages(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from raysparse.recipes import compare, gradual
 
+    check, run = {"compare": (compare.dry_run, compare.compare), "gradual": (gradual.dry_run, gradual.gradual)}[args.verb]
     if args.dry_run:
-        return compare.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
-    return compare.compare(config, lambda jobs: carry_out(jobs, config.run, args.local))
+        return check(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    return run(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
 def _tune(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

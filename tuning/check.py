@@ -7,6 +7,7 @@ from raysparse.models.build import skeleton
 from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import different_keys
+from raysparse.recipes.lease import is_of_driver
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.report import bytes_text
 from raysparse.runtime.launch import per_worker
@@ -21,7 +22,7 @@ def check_folder(config: SearchConfig, resume: bool) -> None:
     """The search's folder must be new, or hold this very search if it is resumed."""
     file = config.path / CONFIG
     if not file.exists():
-        if config.path.exists() and any(config.path.iterdir()):
+        if config.path.exists() and not all(map(is_of_driver, config.path.iterdir())):
             raise ConfigError(f"Expected {config.path} to be a search, or empty. Got other files there. Choose another run.name.")
         return
     keys = different_keys(read_yaml(file), config.model_dump(mode="json"))
@@ -38,8 +39,10 @@ def check_folder(config: SearchConfig, resume: bool) -> None:
 
 
 def check(search: Search) -> None:
-    """Models, data and disk, before anything is started; tokenizes the data (cached)."""
+    """Every point that is known by now, models and data, before anything is started; tokenizes the data (cached)."""
     config = search.config
+    for point in () if isinstance(config.algorithm, Optuna | NSGA2) else search.points():
+        search.trial_config(point)
     tokenizer: str | None = None
     for model in map(search.pretrain_config, search.first_level()):
         done = (model.run.path / "summary.json").exists()
@@ -111,7 +114,7 @@ def concurrency(config: SearchConfig) -> int:
 
     need, nodes = per_worker(config.run), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     slots = [min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes]
-    fits = sum(slots) // config.run.workers
+    fits = sum(slots) // config.run.sizes[-1]
     if grows():
         return config.max_concurrent or max(1, fits)
     if not fits:

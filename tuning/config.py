@@ -125,4 +125,4 @@ class SearchConfig(Config):
     @property
     def is_nested(self) -> bool:
         """Whether a trial has a worker group of Ray Train, and does not run in the trial's own process."""
-        return self.run.workers > 1
+        return self.run.sizes[-1] > 1

@@ -21,6 +21,7 @@ import numpy as np
 
 from raysparse.config import ConfigError
 from raysparse.recipes.job import write_atomically
+from raysparse.recipes.lease import beginning, leave
 from raysparse.report.search import badness, read_search
 from raysparse.runtime.launch import check_resources, per_worker, start
 from raysparse.runtime.nodes import check_storage
@@ -52,7 +53,8 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
     config = settled(config)
     found = Search(config)
     check_folder(config, resume)
-    check(found)
+    with beginning(config.path):
+        check(found)
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
     started = start(config.run, spare=0, dashboard=config.is_nested)
@@ -68,6 +70,7 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
         _level(found, "search")
         _confirm(found)
     finally:
+        leave(config.path)
         if started:
             import ray
 

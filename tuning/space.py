@@ -245,6 +245,7 @@ class Search:
 
     def _check_together(self) -> None:
         config = self.config
+        config.run.check_fixed("a trial that grows would take the room of the next one")
         for task, space in self.space.items():
             self.metric(task)
             if isinstance(config.algorithm, Optuna) and not space:

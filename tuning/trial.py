@@ -52,7 +52,12 @@ def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
         _Trial(found, found.pretrain_config(params[MODEL]), LOSS, lower=True).run(None)
         return
     point = Point(**params[POINT])
-    config, given = found.trial_config(point), None
+    lower = found.lower_is_better(point.task)
+    try:
+        config, given = found.trial_config(point), None
+    except ConfigError as error:  # values that do not go together; only a sampler comes to them unchecked
+        _report_failure(lower, error)
+        return
     if isinstance(found.config.scheduler, PBT):
         checkpoint, own = tune.get_checkpoint(), f"{point.task or 'pretrain'}-{tune.get_context().get_trial_id()}"
         given = None if checkpoint is None else Path(checkpoint.path)
@@ -61,7 +66,7 @@ def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
         for former in [folder for folder in config.run.path.parent.glob(f"{own}-*") if folder != config.run.path]:
             for what in ("checkpoints", HANDOVER):
                 shutil.rmtree(former / what, ignore_errors=True)
-    _Trial(found, config, found.metric(point.task), found.lower_is_better(point.task)).run(given)
+    _Trial(found, config, found.metric(point.task), lower).run(given)
 
 
 class _Trial:
@@ -80,7 +85,6 @@ class _Trial:
         """
         from ray import tune
 
-        worst = {OBJECTIVE: math.inf if self._lower else -math.inf, FLOPS: math.inf, PROGRESS: 100.0}
         try:
             config = self._config
             job = finetune.open_run(config) if isinstance(config, FinetuneConfig) else pretrain.open_run(config)
@@ -90,7 +94,7 @@ class _Trial:
             reporter = Reporter(job, self._metric, before, with_checkpoints=isinstance(self._search.scheduler, PBT))
             summary = finished(job) or self._carry_out(job, reporter)
         except (ConfigError, TrainingError) as error:  # trying again would come to the same
-            tune.report(worst | {FOLDER: str(self._config.run.path), STATUS: "failed", ERROR: str(error)})
+            _report_failure(self._lower, error, self._config.run.path)
             return
         tune.report(self._final(summary, before) | {FOLDER: job.folder, STATUS: "finished"})
 
@@ -110,6 +114,19 @@ class _Trial:
         loss = summary["loss"]
         best = loss["validation"] if self._metric == LOSS else loss["validation_score"]
         return {OBJECTIVE: best, FLOPS: before + summary["flops"]["counted"], PROGRESS: 100.0, "seconds": summary["seconds"]}
+
+
+def _report_failure(lower: bool, error: Exception, folder: Path | None = None) -> None:
+    """As bad as can be; what went wrong is told beside it.
+
+    Args:
+        lower: whether the objective is to be small.
+        folder: of the run, if it has one.
+    """
+    from ray import tune
+
+    worst = {OBJECTIVE: math.inf if lower else -math.inf, FLOPS: math.inf, PROGRESS: 100.0}
+    tune.report(worst | {STATUS: "failed", ERROR: str(error)} | ({} if folder is None else {FOLDER: str(folder)}))
 
 
 class Reporter(Console):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.tune import Callback
 
+from raysparse.config import ConfigError
 from raysparse.recipes.job import write_atomically
 from tuning.space import LOSS, Point, Search
 from tuning.trial import ERROR, FOLDER, HANDOVER, MODEL, OBJECTIVE, POINT, PROGRESS, STATUS
@@ -52,9 +53,12 @@ class Watcher(Callback):
             prune(self._search, record)
 
     def _record(self, search: Search, point: Point, result: Mapping[str, Any], status: str, error: str | None) -> dict[str, Any]:
-        folder = Path(result.get(FOLDER) or search.trial_config(point).run.path)
         value = result.get(OBJECTIVE)
-        parent = search.parent(point)
+        try:
+            folder, parent, command = search.trial_config(point).run.path, search.parent(point), search.command(point)
+        except ConfigError:  # the trial has failed by that
+            folder, parent, command = search.path / "trials" / point.digest, None, ""
+        folder = Path(result.get(FOLDER) or folder)
         return {
             "folder": str(folder.relative_to(search.path)),
             "status": status,
@@ -63,7 +67,7 @@ class Watcher(Callback):
             "params": dict(point.params),
             "seed": point.seed,
             "parent": None if parent is None else str(parent),
-            "command": search.command(point),
+            "command": command,
             "metric": search.metric(point.task),
             "lower_is_better": search.lower_is_better(point.task),
             "objective": value if status != "failed" else None,

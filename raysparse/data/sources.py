@@ -135,7 +135,7 @@ def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool,
     folder = Path(name).expanduser()
     try:
         rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split, revision=revision, streaming=streaming)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last one of a script, which is not run
         raise ConfigError(
             f"Expected the data set {name!r}, configuration {config!r}, split {split!r}. Got: {error}. "
             "Check the names and the network, or use a local folder."

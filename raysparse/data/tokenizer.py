@@ -80,7 +80,7 @@ def load(path: str | Path) -> "PreTrainedTokenizerFast":
     """The tokenizer in a folder, or of that name on the hub; OSError or ValueError where there is none."""
     from transformers import AutoTokenizer
 
-    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
 
 def fingerprint(folder: Path) -> str:

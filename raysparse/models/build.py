@@ -117,6 +117,7 @@ def build(
             config.path,
             config=hf_config,
             attn_implementation=config.attention,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -132,14 +133,16 @@ def build(
 
 @contextmanager
 def _as_config_error(config: ModelConfig) -> Iterator[None]:
-    """What transformers refuses (sizes, attention kinds, damaged files) is the user's to mend."""
+    """What transformers refuses (sizes, attention kinds, damaged files, pickles of more than tensors) is the user's to mend."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     try:
         yield
     except ConfigError:
         raise
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ConfigError(
             f"Expected a model that transformers can build from {config.path or config.preset} with overrides "
             f"{config.overrides} and {config.attention} attention. Got: {error} Change the model section."

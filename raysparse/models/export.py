@@ -140,7 +140,7 @@ def _read_tokenizer(folder: Path, hf_config: "PretrainedConfig") -> "PreTrainedT
             "Give the folder of the tokenizer that the data was encoded with."
         )
     try:
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder))
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Expected a tokenizer that transformers reads in {folder}. Got: {error}. Mend it.") from None
     if len(tokenizer) > hf_config.vocab_size:

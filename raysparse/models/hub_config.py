@@ -71,7 +71,7 @@ def read_config(path: str, kinds: Sequence[Kind] = ANY_KIND) -> "PretrainedConfi
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"Expected a config.json in model.path {path}. Got none. Point to a folder in Hugging Face format.")
     try:
-        hf_config = AutoConfig.from_pretrained(path)
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError(
             f"Expected a model in Hugging Face format at model.path {path}. Got: {error} Give a local folder or a hub name."

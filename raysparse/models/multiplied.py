@@ -1,6 +1,7 @@
 """What a model multiplies, read off the model itself: the `Architecture` that FLOPs are counted by."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -57,16 +58,22 @@ def flops_architecture(model: "PreTrainedModel") -> Architecture:
     )
 
 
+def sees_source(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
+    """The weights among `names` that read what an encoder reads or gives: its own, and the keys and values of the decoder's attention to it."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return frozenset()
+    own = {id(parameter) for parameter in cast("PreTrainedModel", model).get_encoder().parameters()}
+    return frozenset(name for name in names if id(model.get_parameter(name)) in own or _is_of_source(name))
+
+
 def _encoder(model: "PreTrainedModel", linears: list[str]) -> Encoder:
     config = model.config
-    own = {id(parameter) for parameter in model.get_encoder().parameters()}
-    sees = frozenset(name for name in linears if id(model.get_parameter(name)) in own or _is_of_source(name))
     inside = {id(module) for module in model.get_encoder().modules()}
     return Encoder(
         layers=sum(id(block) in inside for block in blocks(model).values()),
         heads=config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        sees=sees,
+        sees=sees_source(model, linears),
         stride=2 if kind_of(config) == "audio" else 1,  # of Whisper's second convolution
     )
 

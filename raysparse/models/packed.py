@@ -222,7 +222,7 @@ def _empty(folder: Path) -> "PreTrainedModel":
     from transformers.initialization import no_init_weights
 
     try:
-        hf_config = AutoConfig.from_pretrained(folder)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         _refuse(folder, f"a config that transformers cannot read: {error}")
     with no_init_weights():  # memory that nobody writes to is none

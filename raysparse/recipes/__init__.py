@@ -3,20 +3,22 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, generate, pretrain, zeroshot
+from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, zeroshot
 from raysparse.recipes.job import Job
 from raysparse.report import bytes_text
 
-MODULES: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
+MODULES: dict[str, Any] = {"pretrain": pretrain, "prune": prune, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
 """Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
 
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": pretrain.PretrainConfig,
+    "prune": prune.PruneConfig,
     "finetune": finetune.FinetuneConfig,
     "evaluate": evaluate.EvaluateConfig,
     "zeroshot": zeroshot.ZeroshotConfig,
     "export": export.ExportConfig,
     "generate": generate.GenerateConfig,
+    "gradual": gradual.GradualConfig,
     "compare": compare.CompareConfig,
 }
 """Verb -> its config."""
@@ -35,6 +37,16 @@ def text(summary: dict[str, Any], job: Job) -> str:
             *_topology(summary),
             f"time              {summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s, {summary['workers']} workers",
             *_cost_of_a_worker(summary),
+            f"model             {job.path / 'export'}",
+        ]
+    if "pruning" in summary:
+        sparsity, told = summary["sparsity"], summary["pruning"]
+        lines += (
+            [f"validation loss   {told['loss']['before']:.4f} before, {told['loss']['after']:.4f} after"] if told["loss"]["after"] else []
+        )
+        lines += [
+            f"sparse weights    {sparsity['nnz']:,} live of {sparsity['total']:,} (sparsity {sparsity['actual']:.4f}), by {told['method']}",
+            f"time              {summary['seconds']:.1f} s, {summary['workers']} workers",
             f"model             {job.path / 'export'}",
         ]
     if "zeroshot" in summary:

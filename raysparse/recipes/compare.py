@@ -5,8 +5,8 @@ dense, the twin of the others. SPDF from end to end is the default pair with a f
 weight alive and once with its mask kept.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from pydantic import Field
 from raysparse.config import Config, ConfigError, merge, read_yaml
 from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
-from raysparse.recipes.job import Job, write_atomically
+from raysparse.recipes.job import Job, opening, write_atomically
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.recipes.training import check_sizes
 from raysparse.sparsity.plan import Sparsity
@@ -34,6 +34,14 @@ class StageConfig(Config):
     """Config files of the stage's own verb, merged left to right."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys to change, for example ``pretrain.set.training.length=100`` on the command line."""
+
+    def values(self, run: RunConfig, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain config of a stage below the folder of `run`: files, the user's changes, `own`, and what holds for all stages."""
+        values: dict[str, Any] = {}
+        for file in self.files:
+            values = merge(values, read_yaml(file))
+        common = run.model_dump(mode="json") | {"name": name, "folder": str(run.path)}
+        return merge(merge(merge(values, self.set), own), {"run": common})
 
 
 class CompareConfig(Config):
@@ -66,6 +74,7 @@ def dry_run(config: CompareConfig) -> dict[str, Any]:
 
 def check(config: CompareConfig) -> tuple[dict[str, PretrainConfig], dict[str, FinetuneConfig]]:
     """The configs of all stages, before anything is written; raises a `ConfigError` for stages that do not fit."""
+    config.run.check_fixed("the seconds of the stages are compared")
     if (config.run.path / "identity.json").exists():
         raise ConfigError(f"Expected {config.run.path} to be new or a comparison. Got a run of another verb. Choose another run.name.")
     pretrained = pretrain_configs(config)
@@ -94,7 +103,7 @@ def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
     for name, changes in config.methods.items():
         own = merge({"sparsity": {"target": config.sparsity}}, changes)
         with _in_method(name):
-            configs[f"pretrain-{name}"] = PretrainConfig.check(_values(config, config.pretrain, f"pretrain-{name}", own))
+            configs[f"pretrain-{name}"] = PretrainConfig.check(config.pretrain.values(config.run, f"pretrain-{name}", own))
     return configs
 
 
@@ -107,18 +116,21 @@ def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
         for masks, end in (("lift", "dense"), ("keep", "sparse")):
             if end == "dense" or _ends_sparse(parent):
                 own = {"model": {"path": str(parent.run.path)}, "sparsity": {"masks": masks}}
-                configs[f"{name}-to-{end}"] = FinetuneConfig.check(_values(config, config.finetune, f"{name}-to-{end}", own))
+                configs[f"{name}-to-{end}"] = FinetuneConfig.check(config.finetune.values(config.run, f"{name}-to-{end}", own))
     return configs
 
 
 def open_runs(config: CompareConfig) -> list[Job]:
     """The jobs of all stages, everything checked that can be checked before the first one has run."""
     pretrained, tuned = check(config)
-    for name, stage in zip(config.methods, pretrained.values(), strict=True):
-        with _in_method(name):
-            pretrain.check(stage)  # of all, before the first folder is made
-    jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
-    return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
+    with ExitStack() as begun:
+        for stage in pretrained.values():
+            begun.enter_context(opening("pretrain", stage, stage.run))
+        for name, stage in zip(config.methods, pretrained.values(), strict=True):
+            with _in_method(name):
+                pretrain.check(stage)  # of all, before the first folder is filled
+        jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
+        return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
 
 
 def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], str]:
@@ -169,12 +181,3 @@ def _parent(stage: FinetuneConfig) -> str:
     """The pre-training stage that a fine-tuning starts from."""
     assert stage.model.path is not None
     return Path(stage.model.path).name
-
-
-def _values(config: CompareConfig, stage: StageConfig, name: str, own: dict[str, Any]) -> dict[str, Any]:
-    """The plain config of a stage: its files, the user's changes, what the comparison needs, and the common run section."""
-    values: dict[str, Any] = {}
-    for file in stage.files:
-        values = merge(values, read_yaml(file))
-    common = config.run.model_dump(mode="json") | {"name": name, "folder": str(config.run.path)}
-    return merge(merge(merge(values, stage.set), own), {"run": common})

@@ -23,7 +23,7 @@ from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.models.hub_config import CAUSAL
 from raysparse.recipes.environment import write_environment
-from raysparse.recipes.job import Job, check_folder, open_job, runs_in, write_atomically
+from raysparse.recipes.job import Job, check_folder, open_job, opening, runs_in, write_atomically
 from raysparse.recipes.reading import Reader, kinds_for
 from raysparse.recipes.training import finish, header
 from raysparse.tasks import AnyTask
@@ -90,9 +90,9 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def open_run(config: EvaluateConfig) -> Job:
-    check_folder("evaluate", config, config.run)
-    prepared = check(config)
-    return open_job("evaluate", config, config.run, prepared, prepared["content"])
+    with opening("evaluate", config, config.run):
+        prepared = check(config)
+        return open_job("evaluate", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: EvaluateConfig) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a model folder with a tokenizer, or a hub name, at {folder}. Got: {str(error).splitlines()[0]}. Correct the model."

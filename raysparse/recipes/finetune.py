@@ -20,7 +20,7 @@ from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, m
 from raysparse.models.build import ModelConfig, architecture, block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
 from raysparse.recipes.export import MASKS, write_model
-from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
 from raysparse.recipes.reading import Reader, from_scratch, kinds_for, new_tokenizer
@@ -190,19 +190,14 @@ def _masks(config: FinetuneConfig) -> Path | None:
 
 
 def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
-    """The digest of a teacher whose blocks, vocabulary and tokenizer are the student's."""
-    folder = evaluate.model_folder(distillation.teacher)
-    tokenizer, kinds = evaluate.load_tokenizer(tokenizer_folder), kinds_for(config.task)
-    mine = architecture(config.model, len(tokenizer), config.context, kinds)
+    """The digest of a teacher whose tokenizer is the student's, and whose blocks are, as far as it is known by now."""
+    folder, tokenizer, kinds = evaluate.model_folder(distillation.teacher), evaluate.load_tokenizer(tokenizer_folder), kinds_for(config.task)
     its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds)
-    keys = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size", "max_source_positions")
-    keys = [key for key in keys if getattr(mine, key, None) != getattr(its, key, None)]
-    if keys:
-        raise ConfigError(
-            f"Expected a teacher of the student's architecture in distillation.teacher={distillation.teacher}. "
-            f"Got {', '.join(f'{key} {getattr(its, key, None)} instead of {getattr(mine, key, None)}' for key in keys)}. "
-            "Take the dense model that the student was pruned from, fine-tuned on the task."
-        )
+    if config.model.path is None:
+        _check_alike(distillation, architecture(config.model, len(tokenizer), config.context, kinds), its)
+    elif (Path(tokenizer_folder) / "config.json").exists():
+        student = config.model.model_copy(update={"path": tokenizer_folder})
+        _check_alike(distillation, architecture(student, len(tokenizer), config.context, kinds), its)
     if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
@@ -211,15 +206,25 @@ def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tok
     return evaluate.weights_digest(folder)
 
 
+def _check_alike(distillation: DistillationConfig, mine: Any, its: Any) -> None:
+    keys = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size", "max_source_positions")
+    if keys := [key for key in keys if getattr(mine, key, None) != getattr(its, key, None)]:
+        raise ConfigError(
+            f"Expected a teacher of the student's architecture in distillation.teacher={distillation.teacher}. "
+            f"Got {', '.join(f'{key} {getattr(its, key, None)} instead of {getattr(mine, key, None)}' for key in keys)}. "
+            "Take the dense model that the student was pruned from, fine-tuned on the task."
+        )
+
+
 def _teacher_model(config: FinetuneConfig, distillation: DistillationConfig) -> ModelConfig:
     return config.model.model_copy(update={"preset": None, "path": evaluate.model_folder(distillation.teacher), "overrides": {}})
 
 
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
     """Check the config and the model (see `check`), make or reopen the run folder."""
-    check_folder("finetune", config, config.run)
-    prepared = check(config, tokenizer_folder)
-    return open_job("finetune", config, config.run, prepared, prepared["content"])
+    with opening("finetune", config, config.run):
+        prepared = check(config, tokenizer_folder)
+        return open_job("finetune", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
@@ -250,6 +255,10 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         seed=config.run.seed,
         nnz={} if keep is None else nnz_of_bits(read_masks(str(keep), keep.parent)),
     )
+    teacher = None
+    if (taught := config.distillation) is not None:
+        teacher = build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context, kinds_for(task))
+        _check_alike(taught, model.config, teacher.config)
     parts = training.Ingredients(
         model=model,
         sparse=shapes,
@@ -263,8 +272,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
         adapters=config.adapters,
-        distillation=(taught := config.distillation),
-        teacher=taught and build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context, kinds_for(task)),
+        distillation=taught,
+        teacher=teacher,
     )
     parent = None if config.model.path is None else Path(config.model.path).parent / "summary.json"
     facts = {

@@ -83,5 +83,5 @@ def final_of(config: FinetuneConfig, stage: FinetuneConfig) -> EvaluateConfig:
     """The evaluation of a point's model on the split that the grid is scored on."""
     values = config.model_dump(mode="json")
     kept = {key: values[key] for key in ("task", "context", "generation", "evaluation", "cache_dir")}
-    run = values["run"] | {"name": BEST, "folder": str(config.run.path)}
+    run = values["run"] | {"name": BEST, "folder": str(config.run.path), "workers": config.run.sizes[0]}
     return EvaluateConfig.check(kept | {"run": run, "model": {"path": str(stage.run.path)}})

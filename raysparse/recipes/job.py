@@ -3,24 +3,30 @@
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raysparse.config import Config, ConfigError
+from raysparse.recipes.lease import beginning, drive, driving, is_of_driver
 from raysparse.train import checkpoint
 from raysparse.train.error import TrainingError
 from raysparse.train.run import RunConfig
 
+GOES_ON = ("pretrain", "finetune")
+"""Verbs that write checkpoints, and so may change the number of their workers in the middle."""
+
 NOT_IDENTITY = {
-    "run": {"workers", "threads", "device", "max_failures", "folder", "name"},
+    "run": {"workers", "threads", "device", "max_failures", "hang_timeout_s", "grace_s", "folder", "name"},
     "logging": ...,
-    "checkpoint": {"keep", "asynchronous", "every"},
+    "training": {"on_nan"},
+    "checkpoint": {"keep", "asynchronous", "every", "patience_s"},
     "sharding": {"packed"},
     "optimizer": {"state"},
 }
-"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding)."""
+"""Config keys that may change when a run is resumed: they change nothing in what is computed (but for rounding, and what follows a NaN)."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,10 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
         ConfigError: the name belongs to a run with another config or to something else, the folder cannot be written, or all
             of its checkpoints are damaged.
     """
+    if verb not in GOES_ON:
+        run.check_fixed(f"`raysparse {verb}` writes no checkpoints and would begin again with every change")
+    check_place(run)
     folder, used = run.path, run.path / "identity.json"
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"Expected {folder} to be a folder that can be written. Got {parent}, which cannot. Choose another run.folder.")
     if used.exists():
         try:
             before = json.loads(used.read_text())
@@ -75,19 +81,39 @@ def check_folder(verb: str, config: Config, run: RunConfig) -> None:
             )
         if not (folder / "summary.json").exists():
             checkpoint.newest(folder / "checkpoints")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not all(map(is_of_driver, folder.iterdir())):
         raise ConfigError(f"Expected {folder} to be a raysparse run, or empty. Got other files there. Choose another run.name.")
 
 
+def check_place(run: RunConfig) -> None:
+    """Raise a `ConfigError` if the run folder cannot be written."""
+    parent = next(path for path in (run.path, *run.path.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"Expected {run.path} to be a folder that can be written. Got {parent}, which cannot. Choose another run.folder.")
+
+
+@contextmanager
+def opening(verb: str, config: Config, run: RunConfig) -> Iterator[None]:
+    """Inside, what may take long before `open_job`: the folder is checked, and this process drives the run, if it is not finished.
+
+    Raises:
+        ConfigError: as `check_folder`, or another process drives the run. After any error in here the folder is as it was.
+    """
+    check_place(run)
+    with nullcontext() if (run.path / "summary.json").exists() else beginning(run.path):
+        check_folder(verb, config, run)
+        yield
+
+
 def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, Any], content: Mapping[str, str] | None = None) -> Job:
-    """Make or reopen the run folder; a finished run's is left as it is.
+    """Make or reopen the run folder and drive the run; a finished run's is left as it is.
 
     Args:
         prepared: what the workers need to know.
         content: names the data and weights that the run reads, so that other ones are not taken for the same run.
 
     Raises:
-        ConfigError: as `check_folder`, or a run of this name has read other content.
+        ConfigError: as `check_folder`, a run of this name has read other content, or another process drives it.
     """
     check_folder(verb, config, run)
     folder, content = run.path, dict(content or {})
@@ -102,11 +128,21 @@ def open_job(verb: str, config: Config, run: RunConfig, prepared: Mapping[str, A
     job = Job(verb, config.model_dump(mode="json"), dict(prepared), str(folder), secrets.token_hex(8))
     if finished(job) is not None:
         return job
+    drive(folder)
     write_atomically(used, json.dumps(content))
     write_atomically(folder / "identity.json", json.dumps({"verb": verb} | identity_of(config)))
     write_atomically(folder / "config.yaml", config.to_yaml())
     write_atomically(folder / "claim", job.claim)
     return job
+
+
+def carrying_out(jobs: Sequence[Job]) -> AbstractContextManager[None]:
+    """While inside, this process drives the jobs that are not finished; after it, others may.
+
+    Raises:
+        ConfigError: another process drives one.
+    """
+    return driving(*(job.path for job in jobs if finished(job) is None))
 
 
 def check_claim(job: Job) -> None:

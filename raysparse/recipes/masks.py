@@ -17,6 +17,7 @@ from torch import Tensor
 from raysparse.config import ConfigError
 from raysparse.kernels.bits import unpack
 from raysparse.recipes.export import MASKS
+from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Rows, Topology
 from raysparse.sparsity.vote import digest
@@ -73,7 +74,7 @@ def count(found: Path) -> dict[str, Any]:
         "nnz": live,
         "total": size,
         "sparsity": 1 - live / size,
-        "digest": None if order is None else digest(order, (_digest_sum(name, masks[name], shapes[name]) for name in order)),
+        "digest": None if order is None else digest(order, (digest_sum(name, masks[name], shapes[name]) for name in order)),
         "layers": [{"name": name, "shape": list(shapes[name]), "nnz": nnz[name]} | planned.get(name, {}) for name in order or masks],
         "history": history,
     }
@@ -256,6 +257,7 @@ def _shape(bits: Tensor, known: tuple[int, ...] | None) -> tuple[int, int]:
     return next(((r, cols) for r, cols in shapes if (r, -(-cols // 8)) == (rows, width)), (rows, 8 * width))
 
 
-def _digest_sum(name: str, bits: Tensor, shape: tuple[int, int]) -> int:
+def digest_sum(name: str, bits: Tensor, shape: Shape) -> int:
+    """`Topology.digest_sums` of one whole layer."""
     rows, cols = shape
     return int(Topology({name: shape}, {name: Rows(0, rows, cols)}, {name: unpack(bits, cols)}).digest_sums())

@@ -19,6 +19,7 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.flops import Architecture, Convention, Ledger, growth_flops, training_flops
 from raysparse.sparsity.plan import SparsityPlan
 from raysparse.train.exchange import WORTH
+from raysparse.train.placement import largest_share
 from raysparse.train.run import resolve_device, resolve_dtype
 
 
@@ -91,7 +92,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "warmup_steps": pace.warmup,
         "tokens": pace.steps * agenda.tokens_per_step,
         "tokens_per_step": agenda.tokens_per_step,
-        "workers": config.run.workers,
+        "workers": config.run.sizes[0],
         "memory_bytes_per_rank": vars(memory) | {"total": memory.total},
         "bytes_sent_per_rank_and_step": estimate_bytes_sent(config, model, dtype),
         "packed_bytes_sent_per_rank_and_step": estimate_bytes_sent(config, model, dtype, agenda),
@@ -171,11 +172,12 @@ def estimate_memory(config: PretrainConfig, model: Any, agenda: Agenda, dtype: t
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total, width = sum(sizes.values()), dtype.itemsize
     units = [sum(p.numel() for p in unit.parameters()) for unit in blocks(model).values()]
-    shards = config.run.workers // config.sharding.replicas if config.sharding.type == "fsdp2" else 1
-    owners = config.run.workers if config.sharding.type == "fairscale" else shards
-    sharded = config.sharding.type == "fsdp2" and config.run.workers > 1
+    workers = config.run.sizes[0]
+    shards = workers // config.sharding.replicas if config.sharding.type == "fsdp2" else 1
+    owners = workers if config.sharding.type == "fairscale" else shards
+    sharded = config.sharding.type == "fsdp2" and workers > 1
     gathered = (total - sum(units) + 2 * max(units)) * width if sharded else 0
-    rows = min(config.training.micro, config.training.sequences // config.run.workers)
+    rows = min(config.training.micro, largest_share(config.training.sequences, workers))
     tokens = rows * config.data.context
     block = 34 * tokens * model.config.hidden_size * width // 2
     kept = 2 * width * tokens * model.config.hidden_size
@@ -217,12 +219,11 @@ def estimate_bytes_sent(config: PretrainConfig, model: Any, dtype: torch.dtype, 
     in_units = {id(p) for unit in units for p in unit}
     in_blocks = sum(map(elements, units))
     total = in_blocks + elements([p for p in model.parameters() if id(p) not in in_units])
-    workers, replicas = config.run.workers, config.sharding.replicas
+    workers, replicas = config.run.sizes[0], config.sharding.replicas
     if config.sharding.type != "fsdp2":
         return 2 * 4 * total * (workers - 1) // workers
     shards = workers // replicas
-    share = config.training.sequences // workers
-    micro_batches = -(-share // config.training.micro)
+    micro_batches = -(-largest_share(config.training.sequences, workers) // config.training.micro)
     gathers = (total + (in_blocks if config.sharding.reshard_after_forward else 0)) * dtype.itemsize * micro_batches
     reduced = 4 * total
     return (gathers + reduced) * (shards - 1) // shards + 2 * (reduced // shards) * (replicas - 1) // replicas
@@ -250,7 +251,7 @@ def show(facts: Mapping[str, Any], config: PretrainConfig) -> str:
         f"{flops['reduction_head_excluded']:.2f}x with the head excluded, neither sparse nor counted (convention {flops['convention']})",
         *_growth(facts),
         "               counted = if every zero were skipped; what a machine skips, it measures when the run starts (kernels=auto)",
-        f"per rank       of {facts['workers']} workers, estimated:",
+        f"per rank       of {facts['workers']} workers{', the fewest' if config.run.elastic else ''}, estimated:",
         *(f"  {key:<13}{value / 2**20:>12,.1f} MiB" for key, value in facts["memory_bytes_per_rank"].items()),
         f"  sent a step {facts['bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB",
         f"  or packed   {facts['packed_bytes_sent_per_rank_and_step'] / 2**20:>13,.1f} MiB, live elements alone (sharding.packed)",

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, Toke
 from raysparse.kernels.bits import pack, unpack
 from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
-from raysparse.recipes.job import Job, check_folder, open_job
+from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.evolve import first_topology, has_grain
@@ -55,8 +56,9 @@ def sparse_shapes(config: PretrainConfig, model: Any) -> dict[str, tuple[int, in
     names = select(model, config.sparsity.include, config.sparsity.exclude)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.sparsity.wants_masks:
-        shards = max(1, config.run.workers // config.sharding.replicas) if config.sharding.type == "fsdp2" else 1
-        checks = [lambda name=name: config.sparsity.pattern.check_shape(name, shapes[name], shards) for name in names]
+        sharded = config.sharding.type == "fsdp2"
+        shards = {max(1, size // config.sharding.replicas) if sharded else 1 for size in config.run.sizes}
+        checks = [lambda at=at: config.sparsity.pattern.check_shape(at[0], shapes[at[0]], at[1]) for at in product(names, sorted(shards))]
         together(*checks)
     return {name: shapes[name] for name in names}
 
@@ -140,7 +142,7 @@ def check(config: PretrainConfig) -> Prepared:
         agenda = agenda_of(config, model, nnz_of_bits(given_masks(config, model)))
         training.hybrid_attention(agenda, model, resolve_device(config.run))
 
-    together(lambda: training.check_sizes(config), check_model, lambda: check_sources(config))
+    together(lambda: training.check_sizes(config), check_model, lambda: check_sources(config.data))
     prepared = prepare(config.data)
     agenda_of(config, skeleton(config.model, prepared.vocab_size, config.data.context))
     return prepared
@@ -148,17 +150,17 @@ def check(config: PretrainConfig) -> Prepared:
 
 def open_run(config: PretrainConfig) -> Job:
     """Check the config, prepare the data, make or reopen the run folder."""
-    check_folder("pretrain", config, config.run)
-    prepared = check(config)
-    content = {"tokens": Path(prepared.train).parent.parent.name}
-    given = given_masks(config, skeleton(config.model, prepared.vocab_size, config.data.context))
-    if given:
-        content["masks"] = _name_masks(given)
-    job = open_job("pretrain", config, config.run, asdict(prepared), content)
-    if given:
-        partial = job.path / f".{FIRST_MASKS}"
-        save_file(given, str(partial))
-        partial.rename(job.path / FIRST_MASKS)
+    with opening("pretrain", config, config.run):
+        prepared = check(config)
+        content = {"tokens": Path(prepared.train).parent.parent.name}
+        given = given_masks(config, skeleton(config.model, prepared.vocab_size, config.data.context))
+        if given:
+            content["masks"] = _name_masks(given)
+        job = open_job("pretrain", config, config.run, asdict(prepared), content)
+        if given:
+            partial = job.path / f".{FIRST_MASKS}"
+            save_file(given, str(partial))
+            partial.rename(job.path / FIRST_MASKS)
     return job
 
 
@@ -168,13 +170,13 @@ def dry_run(config: PretrainConfig) -> dict[str, Any]:
 
     check_folder("pretrain", config, config.run)
     facts = plan(config)
-    check_sources(config)
+    check_sources(config.data)
     return facts
 
 
-def check_sources(config: PretrainConfig) -> None:
+def check_sources(data: DataConfig) -> None:
     """Local data must be there; the hub is not asked."""
-    for source in (config.data.train, config.data.validation):
+    for source in (data.train, data.validation):
         if not isinstance(source, Holdout | Hub):
             source.fingerprint()
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,11 +26,10 @@ from raysparse.recipes.job import Job, check_claim, write_atomically
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.flops import Architecture, Convention, Ledger
-from raysparse.sparsity.manager import MaskManager
 from raysparse.sparsity.topology import Topology
-from raysparse.train import metrics
 from raysparse.train.checkpoint import CheckpointConfig, Checkpointer
 from raysparse.train.distill import Distillation, DistillationConfig, Teacher
+from raysparse.train.error import TrainingError
 from raysparse.train.keeper import Keeper
 from raysparse.train.kernels import FILE as KERNELS
 from raysparse.train.kernels import KernelMode, Kernels, check_kernels
@@ -39,10 +37,16 @@ from raysparse.train.loop import train
 from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.objective import CrossEntropy, Objective
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from raysparse.train.placement import largest_share, scattered, show_shares
 from raysparse.train.process import forget_peak_memory, peak_memory_bytes
+from raysparse.train.recovery import resume
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
 from raysparse.train.state import HISTORY, Judged, Pace, State, Training, TrainingConfig
+from raysparse.train.watch import Watch
+
+HANGS = "hangs"
+"""In a run folder: where each rank stood when a step hung."""
 
 
 class TrainingRunConfig(Config):
@@ -62,16 +66,24 @@ class TrainingRunConfig(Config):
 
 
 def check_sizes(config: TrainingRunConfig) -> None:
-    """Raise a `ConfigError` if the batch or the sharding does not fit the number of workers."""
-    workers, sequences = config.run.workers, config.training.sequences
-    if sequences % workers and not config.run.parity:
+    """Raise a `ConfigError` if the batch or the sharding does not fit the number of workers.
+
+    Of an elastic run the batch is shared out unevenly where it must be: better than to wait for the next node, or not to go on.
+    """
+    workers, sequences = config.run.sizes[-1], config.training.sequences
+    if config.run.elastic and workers > sequences and not config.run.parity:
+        raise ConfigError(
+            f"Expected at least one sequence for each of at most {workers} workers. Got training.sequences={sequences}. "
+            f"Use run.workers=[{min(config.run.sizes[0], sequences)}, {sequences}], or training.sequences={workers}."
+        )
+    if sequences % workers and not config.run.parity and not config.run.elastic:
         fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
         near = min(fits, key=lambda n: abs(n - workers))
         raise ConfigError(
             f"Expected run.workers to divide training.sequences. Got {workers} workers, {sequences} sequences. "
             f"Use run.workers={near}, or training.sequences={-(-sequences // workers) * workers}."
         )
-    config.sharding.check_workers(workers)
+    config.sharding.check_workers(config.run.sizes)
     check_kernels(config.kernels, config.run)
 
 
@@ -137,8 +149,9 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         former = "gradient_checkpointing_enable"  # its name before transformers 5.23
         getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})
     hybrid = hybrid_attention(parts.agenda, parts.model, device)
-    share = config.training.sequences if config.run.parity else config.training.sequences // run.world_size
-    tokens = min(config.training.micro, share) * parts.tokens_per_sequence
+    sequences = config.training.sequences
+    tokens = min(config.training.micro, sequences if config.run.parity else largest_share(sequences, run.world_size))
+    tokens *= parts.tokens_per_sequence
     names = parts.sparse if parts.topology is not None else {}
     kernels = Kernels.install(parts.model, names, config.kernels, config.run, tokens, run, job.path / KERNELS)
     units, outputs = blocks(parts.model), None if parts.distillation is None else BlockOutputs(parts.model)
@@ -146,6 +159,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         for unit in units.values():
             unit.compile()
     sharded = shard(parts.model, units, config.sharding, device, resolve_dtype(config.run, device))
+    tell_placement(job, config, run)
     if not isinstance(parts.adapters, AllWeights):
         trained, total = count_parameters(sharded)
         share = f"{trained / total:.2%} of the model's {total:,}"
@@ -155,22 +169,15 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         topology.kill(sharded.local)
     live = topology is not None and config.optimizer.keeps_live(parts.agenda)
     optimizer = build_optimizer(sharded, config.optimizer, config.run.parity, topology if live else None)
-    checkpointer = Checkpointer(job.path / "checkpoints", config.checkpoint, sharded, optimizer, topology, parts.agenda)
-    state, ledger, history = State(), Ledger(parts.convention), []
-    if (found := checkpointer.newest()) is not None:
-        extra = checkpointer.load(found)
-        state = State(**extra["state"])
-        ledger = Ledger.from_dict(extra["ledger"])
-        history = [] if topology is None else read_history(found)
-        run.show({"text": f"{job.path.name}: going on from {found.name}"})
+
+    def tell(text: str) -> None:
+        run.show({"text": f"{job.path.name}: {text}"})
+
+    folder, guard = job.path / "checkpoints", lambda: check_claim(job)
+    checkpointer = Checkpointer(folder, config.checkpoint, sharded, optimizer, topology, parts.agenda, guard, tell)
     keeper = None
     if topology is not None:
         keeper = Keeper(parts.agenda, topology, sharded, optimizer, lambda: run.manager(job.path / HISTORY))
-        keeper.begin(state.step, history)
-        if found is not None:
-            keeper.published(str(found), state.step)
-    if run.rank == 0:
-        metrics.rewind(job.path, state.step)
     arch = flops_architecture(parts.model)
     training = Training(
         stage=job.path.name,
@@ -193,14 +200,27 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
         context=parts.tokens_per_sequence,
         arch=arch,
         frozen=dict.fromkeys(needs_no_gradient([*arch.linears, arch.head], {n: p.trained for n, p in sharded.parts.items()}), 0),
-        ledger=ledger,
+        ledger=Ledger(parts.convention),
         checkpointer=checkpointer,
-        meter=Meter(job.path, config.logging, state.step, enabled=run.rank == 0),
+        meter=Meter(job.path, config.logging, enabled=run.rank == 0),
         run=run,
-        guard=lambda: check_claim(job),
+        watch=Watch(
+            config.run.hang_timeout_s if run.is_watched else None,
+            job.path / HANGS / f"rank_{run.rank}.txt",
+            lambda what: run.say(f"{job.path.name}: {what}"),
+        ),
     )
-    training.follow()
-    return training, state
+    return training, resume(training)
+
+
+def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
+    """Say how the batch is shared out where that may change, and that replicas lie badly; every rank calls this."""
+    if config.run.elastic and not config.run.parity:
+        run.show({"text": f"{job.path.name}: {show_shares(config.training.sequences, run.world_size)}"})
+    nodes: list[Any] = [None] * run.world_size
+    dist.all_gather_object(nodes, run.node)
+    if (told := scattered(config.sharding, nodes)) is not None:
+        run.show({"text": told})
 
 
 def make_objective(config: TrainingRunConfig, parts: Ingredients, sharded: Sharded, outputs: BlockOutputs | None, device: str) -> Objective:
@@ -221,17 +241,6 @@ def make_objective(config: TrainingRunConfig, parts: Ingredients, sharded: Shard
     dtype, offload = resolve_dtype(config.run, device), parts.distillation.offload
     teacher = Teacher(shard(model, blocks(model), whole, device, dtype, sharded.wire, offload), its)
     return Distillation(parts.distillation, forward, outputs, teacher, smoothing)
-
-
-def read_history(found: Path) -> list[dict[str, Any]]:
-    """What a checkpoint knows of the topology up to it."""
-    file = found / HISTORY
-    if not file.exists():
-        raise ConfigError(
-            f"Expected {HISTORY} in the checkpoint {found}. Got none: it is of a version of raysparse that did not keep a history. "
-            f"Choose another run.name; sparsity.masks={found} starts from its masks."
-        )
-    return MaskManager(file).history()
 
 
 def hybrid_attention(agenda: Agenda, model: Any, device: str) -> HybridAttention | None:
@@ -272,12 +281,20 @@ def carry_out(
         write_atomically(job.path / "job.json", json.dumps(facts_for_export))
     t, state = assemble(job, config, run, parts)
     t.judge = judge
-    state = train(t, state)
+    try:
+        with run.heeding():
+            state = train(t, state)
+    except TrainingError:  # of all ranks
+        t.checkpointer.wait()  # the save in flight, for whoever goes on
+        raise
+    finally:
+        t.watch.close()
     t.meter.close()
     summary = summarize(job, config, t, state, parts.sparse, parts.target) | dict(facts)
     if (last := parts.agenda.spans[-1].phase.attention).type != "full":
         run.show({"text": f"{t.stage}: trained and validated with {last.type} attention to the end; the exported model attends fully"})
     weights, masks = gather(t)
+    check_claim(job)
     if run.rank == 0:
         shutil.rmtree(job.path / "export", ignore_errors=True)  # of an attempt that died before its summary
         write_model(job.path / "export", merge(weights, parts.adapters), masks, parts.model.config, tokenizer, summary)
@@ -287,6 +304,7 @@ def carry_out(
 
 def finish(job: Job, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``summary.json``: from here on the run is finished. Returns the summary; every rank calls this."""
+    check_claim(job)
     if run.rank == 0:
         write_atomically(job.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     dist.barrier()

@@ -16,7 +16,7 @@ from raysparse.models import packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.recipes.environment import write_environment
 from raysparse.recipes.evaluate import PREDICTIONS, load_tokenizer, model_folder, weights_digest
-from raysparse.recipes.job import Job, check_folder, open_job, write_atomically
+from raysparse.recipes.job import Job, check_folder, open_job, opening, write_atomically
 from raysparse.recipes.training import finish, header
 from raysparse.tasks.likelihood import Window, likelihoods, merged, of_pair, of_text
 from raysparse.tasks.zeroshot import AnyProbe, Item, Text
@@ -59,9 +59,9 @@ def check(config: ZeroshotConfig) -> dict[str, Any]:
 
 
 def open_run(config: ZeroshotConfig) -> Job:
-    check_folder("zeroshot", config, config.run)
-    prepared = check(config)
-    return open_job("zeroshot", config, config.run, prepared, prepared["content"])
+    with opening("zeroshot", config, config.run):
+        prepared = check(config)
+        return open_job("zeroshot", config, config.run, prepared, prepared["content"])
 
 
 def dry_run(config: ZeroshotConfig) -> dict[str, Any]:

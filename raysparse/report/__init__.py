@@ -116,6 +116,8 @@ def read_run(folder: str | Path) -> Run:
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
     for number, record in json_lines(folder / "metrics.jsonl"):
+        if "event" in record:  # a fault that the run outlived
+            continue
         if "step" not in record or "tokens" not in record or not ({"loss", "validation_loss"} & record.keys()):
             raise ConfigError(
                 f"Expected step, tokens and loss or validation_loss in line {number} of {folder / 'metrics.jsonl'}. "

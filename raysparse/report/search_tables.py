@@ -46,7 +46,8 @@ def answer(finding: Finding) -> str:
         )
     if best is not dense:
         saved = f"{best.label}, {best.reduction:.2f}x fewer FLOPs, {confidence(best)}"
-        scores = f"{_score(best, finding.metric)} against {_score(dense, finding.metric)} dense"
+        few = min(len(best.cell.chosen), len(dense.cell.chosen))
+        scores = f"{_score(best, finding.metric)} against {_score(dense, finding.metric)} dense ({few} seed{'s' * (few > 1)})"
         return f"{told}{bound}: {saved}. That is {scores}{f'; settings {chosen}' if chosen else ''}."
     within = [result.label for result in finding.results if result.judged and result.judged.loss <= finding.tolerance]
     if within:

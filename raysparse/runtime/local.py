@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from raysparse.recipes import MODULES
-from raysparse.recipes.job import Job, finished
+from raysparse.recipes.job import Job, carrying_out, finished
 from raysparse.train.metrics import Console
 from raysparse.train.process import process_group
 from raysparse.train.run import LocalRun, RunConfig, resolve_device
@@ -28,7 +28,7 @@ def run_here(
     before = torch.get_num_threads()
     torch.set_num_threads(run.threads)
     try:
-        with process_group(resolve_device(run)):
+        with process_group(resolve_device(run)), carrying_out(jobs):
             here, box = LocalRun(console, committed), [list(jobs)]
             dist.broadcast_object_list(box, src=0)
             return [finished(job) or MODULES[job.verb].work(job, here) for job in box[0]]

@@ -1,8 +1,10 @@
 """A rank's view of a run under Ray Train, and the driver's view of its progress."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -12,20 +14,33 @@ from raysparse.runtime.mask_actor import ManagerProxy
 from raysparse.train.checkpoint import MARKER, committed
 from raysparse.train.metrics import Console
 
+log = logging.getLogger(__name__)
+
 PROGRESS = "progress.jsonl"
 """What rank 0 shows, one JSON record a line; the driver follows it. Ray's own log forwarding is off: it is noisy and late."""
+LEAVE = "leave"
+"""Beside it, where the driver asks the workers to save and leave: signals do not reach the loop, which is not in their main thread."""
+RESIZE = "resize"
+"""Likewise, where Ray Train's controller asks them, because there is room for more of them."""
+LOOKS_EVERY_S = 0.5
+"""For these files."""
 
 
 class RayRun:
     """`Run` over ray.train."""
+
+    is_watched = True
 
     def __init__(self, progress: Path):
         import ray.train
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        here = ray.get_runtime_context().get_node_id()
+        self.node = f"{ray.util.get_node_ip_address()} ({here[:6]})"
         self._progress = progress
         self._gauges = Gauges() if self.rank == 0 else None
+        self._looked, self._leaving = 0.0, False
 
     def committed(self, checkpoint: Path, metrics: dict[str, float]) -> None:
         """Tell Ray Train; it registers the checkpoint when the marker is there, while training goes on."""
@@ -48,8 +63,26 @@ class RayRun:
     def show(self, record: Mapping[str, Any]) -> None:
         if self._gauges is not None:
             self._gauges.set(record)
+            self._write(record)
+
+    def say(self, text: str) -> None:
+        self._write({"text": text})
+
+    def heeding(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def leaving(self) -> bool:
+        """Rank 0 looks for the files of the driver and the controller, now and then."""
+        if self.rank == 0 and time.monotonic() - self._looked > LOOKS_EVERY_S:
+            self._looked, self._leaving = time.monotonic(), any(self._progress.with_name(name).exists() for name in (LEAVE, RESIZE))
+        return self._leaving
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        try:
             with self._progress.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(dict(record)) + "\n")
+        except OSError as error:  # a full disk: no reason to end
+            log.warning("What follows could not be shown (%s): %s", error, dict(record))
 
 
 def follow(progress: Path, console: Console, stop: Event) -> None:

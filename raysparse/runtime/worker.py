@@ -12,11 +12,11 @@ from raysparse.config import ConfigError
 from raysparse.recipes import MODULES
 from raysparse.recipes.job import Job, finished, write_atomically
 from raysparse.runtime.ray_run import RayRun
-from raysparse.train.error import TrainingError
+from raysparse.train.error import Left, TrainingError
 
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
-    """Carry out the jobs that are not finished; returns their summaries, or the error that trying again would not mend."""
+    """Carry out the jobs that are not finished; returns their summaries, or why they ended: no new group of workers is to try again."""
     torch.set_num_threads(payload["threads"])
     run = RayRun(Path(payload["progress"]))
     _announce(run, payload["jobs"])
@@ -24,7 +24,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         for job in (Job(**values) for values in payload["jobs"]):
             summaries.append(finished(job) or MODULES[job.verb].work(job, run))
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, TrainingError, Left) as error:
         return {"error": str(error), "kind": type(error).__name__}
     return {"summaries": summaries}
 

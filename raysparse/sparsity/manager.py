@@ -9,6 +9,7 @@ want to commit is refused. The masks of a group that goes on from a checkpoint n
 (gradients are summed in another order on other ranks), so beginning rolls the history back to the checkpoint's version.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +19,8 @@ from typing import Any
 from raysparse.sparsity.agenda import Agenda, TopologyUpdate
 from raysparse.sparsity.journal import Journal
 from raysparse.sparsity.vote import Vote, digest, replicas, totals, unfaithful, wrong_digest, wrong_nnz
+
+log = logging.getLogger(__name__)
 
 AGAIN = "Nothing was changed. The same command goes on from the last checkpoint; if it happens again, look at the machines of these ranks."
 
@@ -30,11 +33,13 @@ class Verdict:
         ok: whether it is committed. If not, nothing is, and nothing may be trained on it.
         attempt: the current one, to be named in every later call.
         why: if not ok, what was expected, what was found and what to do.
+        later: if not ok, whether the same call may succeed yet: the journal could not be written.
     """
 
     ok: bool
     attempt: int
     why: str = ""
+    later: bool = False
 
 
 class MaskManager:
@@ -110,6 +115,16 @@ class MaskManager:
             seconds: the update took until now.
             skipped: why it changes nothing, or None.
         """
+        try:
+            return self._commit(attempt, version, step, votes, seconds, skipped)
+        except OSError as error:
+            why = (
+                f"Expected to write version {version} of the topology to {self._journal.path}. Got: {error}. "
+                f"Make room there, or mend the storage. {AGAIN}"
+            )
+            return Verdict(False, attempt, why, later=True)
+
+    def _commit(self, attempt: int, version: int, step: int, votes: Sequence[Vote], seconds: float, skipped: str | None) -> Verdict:
         if (stale := self._fenced(attempt)) is not None:
             return stale
         _check_votes(votes, self._journal.header["world_size"])
@@ -126,10 +141,13 @@ class MaskManager:
 
     def published(self, attempt: int, version: int, checkpoint: str) -> None:
         """A checkpoint that holds a version is complete. Of a fenced attempt it is no news."""
-        if self._fenced(attempt) is None:
-            journal = self._journal
-            found = journal.header["published"] | {str(version): checkpoint}
-            journal.replace(journal.header | {"published": found}, journal.records)
+        journal = self._journal
+        try:
+            if self._fenced(attempt) is None:
+                found = journal.header["published"] | {str(version): checkpoint}
+                journal.replace(journal.header | {"published": found}, journal.records)
+        except OSError as error:  # nothing rests on it
+            log.warning("%s could not be written (%s): it does not name %s.", journal.path, error, checkpoint)
 
     def history(self) -> list[dict[str, Any]]:
         """The records of all committed versions, oldest first."""

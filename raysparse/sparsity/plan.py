@@ -19,8 +19,8 @@ from raysparse.sparsity.timeline import Phase
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
-class SparsityConfig(Config):
-    """Which weights are absent. SPDF's default: the linears of every block, uniformly; embeddings, norms, biases, head dense."""
+class LevelsConfig(Config):
+    """How many weights of which layers are absent."""
 
     target: Sparsity = 0.0
     """Fraction of zeros in the sparse weights, in [0, 1). 0 trains dense."""
@@ -34,18 +34,11 @@ class SparsityConfig(Config):
     """Name pattern -> sparsity of each layer it matches; the target then holds for the others. 1 empties a layer."""
     pattern: AnyPattern = Unstructured()
     """The grain: {type: unstructured}, {type: "n:m", n: 2, m: 4} or {type: block, size: 32}."""
-    evolution: AnyEvolution = Static()
-    """Which weights go and come: {type: static}, set, rigl, mest, mixed, gradual, one_shot or zeros."""
-    timeline: tuple[Phase, ...] = Field((Phase(),), min_length=1)
-    """The phases of the run: length, sparsity over it, rule and attention of each."""
-    masks: str | None = Field(None, min_length=1)
-    """Masks to start from instead of drawing them: a run's name or folder, a checkpoint, an exported model, a masks.safetensors. The
-    plan is then what they hold; leave target at 0 or at their sparsity."""
 
     @property
     def given(self) -> bool:
         """Whether the first masks, and with them the plan, come from outside."""
-        return self.masks is not None or (self.timeline[0].evolution or self.evolution).type == "zeros"
+        return False
 
     @property
     def wants_masks(self) -> bool:
@@ -62,6 +55,22 @@ class SparsityConfig(Config):
             if self.distribution.type != "uniform" or self.layers or not fits:
                 raise ValueError(f"Expected target {1 - n / m:g}, distribution uniform and no layers for pattern {n}:{m}. Set them")
         return self
+
+
+class SparsityConfig(LevelsConfig):
+    """Which weights are absent. SPDF's default: the linears of every block, uniformly; embeddings, norms, biases, head dense."""
+
+    evolution: AnyEvolution = Static()
+    """Which weights go and come: {type: static}, set, rigl, mest, mixed, gradual, one_shot or zeros."""
+    timeline: tuple[Phase, ...] = Field((Phase(),), min_length=1)
+    """The phases of the run: length, sparsity over it, rule and attention of each."""
+    masks: str | None = Field(None, min_length=1)
+    """Masks to start from instead of drawing them: a run's name or folder, a checkpoint, an exported model, a masks.safetensors. The
+    plan is then what they hold; leave target at 0 or at their sparsity."""
+
+    @property
+    def given(self) -> bool:
+        return self.masks is not None or (self.timeline[0].evolution or self.evolution).type == "zeros"
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class SparsityPlan:
         return 1 - self.total / self.size if self.size else 0.0
 
     @classmethod
-    def build(cls, shapes: Mapping[str, Shape], config: SparsityConfig, factor: Fraction = Fraction(1)) -> "SparsityPlan":
+    def build(cls, shapes: Mapping[str, Shape], config: LevelsConfig, factor: Fraction = Fraction(1)) -> "SparsityPlan":
         """Decide every layer's count, in units of the pattern (single weights, or blocks).
 
         The rule: the total is ``floor((1 - factor * target) * N + 1/2)`` for the N units without a level of their own; each layer

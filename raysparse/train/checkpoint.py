@@ -6,19 +6,24 @@ Of a weight that has a mask the live elements alone are stored, row by row: thos
 ``model/<name>``, ``mask/<name>``, ``ever/<name>``. Frozen weights have no moments.
 
 A checkpoint is a folder ``step_00000100``. Its marker ``COMMITTED.json`` is written last, by rank 0, with the size and CRC-32 of
-every file: a folder without a marker, or that differs from it, is not a checkpoint. Randomness and the data position are
+every file: a folder without a marker, or that differs from it, is not a checkpoint. Until then it has a name that only this start of
+the run writes to: ranks of an earlier one, half dead perhaps, cannot touch what is committed. Randomness and the data position are
 functions of (seed, step), so the step is all of their state.
+
+Weights, moments and masks change only where the optimizer steps. So a background thread copies them while the next forward and
+backward passes read them, and `Checkpointer.staged` is what the step waits for: mostly for nothing.
 """
 
 import json
 import logging
+import secrets
 import shutil
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import torch
@@ -27,6 +32,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from raysparse.config import Config, ConfigError
@@ -38,6 +44,8 @@ from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.distribution import Shape
 from raysparse.sparsity.topology import Topology
 from raysparse.train.optimizer import moments, set_masks, state_of
+from raysparse.train.persist import persist
+from raysparse.train.reading import Reader, read
 from raysparse.train.shard import Sharded
 
 log = logging.getLogger(__name__)
@@ -54,7 +62,10 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1)
     """Older checkpoints are deleted when a newer one is committed."""
     asynchronous: bool = True
-    """Write in a background thread while training goes on."""
+    """Copy and write in a background thread while training goes on; the copy takes as much memory as the checkpoint has bytes."""
+    patience_s: float = Field(120.0, ge=0)
+    """How long a save that fails (disk full, storage away) is tried again in the background before it is given up. Training goes on
+    meanwhile, until the next save is due. Three given up in a row, or the last one of a run, are an error (docs/faults.md)."""
 
 
 class Checkpointer:
@@ -68,48 +79,58 @@ class Checkpointer:
         optimizer: Optimizer,
         topology: Topology | None,
         agenda: Agenda,
+        guard: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = log.warning,
     ):
+        """Args:
+        guard: raises a `TrainingError` if the folder is somebody else's by now; rank 0 asks before it touches anything.
+        tell: is told on rank 0 that a save is tried again.
+        """
         self._folder, self._config = folder, config
         self._sharded, self._optimizer, self._topology = sharded, optimizer, topology
         self._kinds = ("mask", "ever") if agenda.update_steps else ("mask",)  # masks that never change are all that ever lived
         self._live = () if topology is None else ("model",) if agenda.keeps_moments else KINDS
         # A group of its own, so that it never mixes with the training's; patient, because rank 0 reads whole files.
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+        own = [secrets.token_hex(4)]
+        dist.broadcast_object_list(own, src=0, group=self._group)
+        self._own = own[0]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Any] | None = None
+        self._pending: Future[str | None] | None = None
+        self._guard, self._tell = guard, tell
+        self._staged = Event()
+        self._staged.set()
 
-    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Mapping[str, str] | None = None) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Callable[[], Mapping[str, str]] = dict) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
 
         Older checkpoints than the newest ``keep`` are deleted after that, save the one of step `protect`.
 
         Args:
             extra: plain data, the same on every rank; ``optimizer_steps`` is how often the optimizer has stepped.
-            notes: file name -> text, to lie in the checkpoint; rank 0's are written.
+            notes: file name -> text, to lie in the checkpoint; called on rank 0, in the background.
         """
         self.wait()
         path = self.path(step)
-        if dist.get_rank() == 0 and path.exists():
-            shutil.rmtree(path)  # half-written by an attempt that died
-        dist.barrier(self._group)
         shapes = {} if self._topology is None else self._topology.shapes
-        state = self._whole() | self._parts() | {"extra": json.dumps(dict(extra) | {"step": step, "shapes": shapes})}
-        if self._config.asynchronous:
-            written = cast("Future[Any]", dcp.async_save(state, checkpoint_id=path, process_group=self._group))
-            self._pending = self._thread.submit(lambda: self._commit(path, written, protect, notes or {}))
-        else:
-            dcp.save(state, checkpoint_id=path, process_group=self._group)
-            self._pending = self._thread.submit(lambda: self._commit(path, None, protect, notes or {}))
+        text = json.dumps(dict(extra) | {"step": step, "shapes": shapes})
+        self._staged.clear()
+        self._pending = self._thread.submit(self._write, path, text, protect, notes)
+        if not self._config.asynchronous:
+            wait([self._pending])
         return path
+
+    def staged(self) -> None:
+        """Until the save in flight has its copy: from here on weights, moments and masks may change. `wait` tells if it failed."""
+        self._staged.wait()
 
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
 
-    def wait(self) -> None:
-        """Until the save in flight is committed; raises what it raised."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+    def wait(self) -> str | None:
+        """Until the save in flight is committed, or given up: what went wrong with it, the same on every rank."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
 
     def newest(self) -> Path | None:
         """`newest` of the folder, as rank 0 finds it: one reader of all files is enough, and all ranks go on from the same."""
@@ -130,10 +151,11 @@ class Checkpointer:
         Raises:
             ConfigError: it is of another model.
         """
+        self.staged()
         stored = self._check(path)
         counts = {f"rows/{name}": torch.empty(shape[0], 1, dtype=torch.int32) for name, shape in self._packed().items()}
         state: dict[str, Any] = self._whole() | counts | {"extra": ""}
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        read(state, path, self._group)
         extra = json.loads(state["extra"])
         for part in self._sharded.parts.values():
             if part.mine:
@@ -211,7 +233,7 @@ class Checkpointer:
                 if first < last:
                     parts[key] = torch.empty(size)
                     moves.append((key, slice(first - offset, last - offset), slice(first - begin, last - begin)))
-            load_alone(path, parts)  # weight by weight, for parts are read whole
+            read(parts, path, None)  # weight by weight, for parts are read whole
             for key, there, here in moves:
                 target[here] = parts[key][there]
             if target is not value:
@@ -231,41 +253,66 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _commit(self, path: Path, written: "Future[Any] | None", protect: int, notes: Mapping[str, str]) -> None:
-        """In the background: when every rank has written its part (rank 0's future waits for all), mark the checkpoint."""
-        if written is not None:
-            written.result()
-        if dist.get_rank() != 0:
-            return
-        for name, text in notes.items():
-            (path / name).write_text(text, encoding="utf-8")
-        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(path.iterdir())}
-        partial = path / f"{MARKER}.partial"
-        partial.write_text(json.dumps({"files": files}))
-        partial.rename(path / MARKER)
+    def _write(self, path: Path, extra: str, protect: int, notes: Callable[[], Mapping[str, str]]) -> str | None:
+        """In the background: copy this rank's part, write and commit it; what went wrong, if it was given up, is left nothing of."""
+        state, partial = self._copy() | {"extra": extra}, self._folder / f".{path.name}.{self._own}"
+
+        def store() -> None:
+            dcp.save(state, checkpoint_id=partial, process_group=self._group)
+
+        def tell(problem: str) -> None:
+            self._tell(f"{path.name} could not be written ({problem}); it is tried again for {self._config.patience_s:g} s")
+
+        problem = persist(self._make_way, store, lambda: self._commit(partial, path, notes), self._group, self._config.patience_s, tell)
+        if dist.get_rank() == 0:
+            self._prune(path, protect) if problem is None else shutil.rmtree(partial, ignore_errors=True)
+        return problem
+
+    def _copy(self) -> dict[str, Any]:
+        """What this rank stores, as it is now; in synchronous saves it shares memory, for training waits."""
+        try:
+            with torch.cuda.device_of(next(iter(self._sharded.parts.values())).local):  # threads begin on the first GPU
+                state = self._whole() | self._parts()
+                if self._config.asynchronous:
+                    state = {key: _copied(value) for key, value in state.items()}
+            return state
+        finally:
+            self._staged.set()
+
+    def _make_way(self) -> None:
+        """Away with what attempts that died or failed have half-written."""
+        self._guard()
+        for left in self._folder.glob(".step_*"):
+            shutil.rmtree(left)
+
+    def _commit(self, partial: Path, path: Path, notes: Callable[[], Mapping[str, str]]) -> None:
+        """Every rank has written its part: mark it, and give it the name of a checkpoint."""
+        for name, text in notes().items():
+            (partial / name).write_text(text, encoding="utf-8")
+        files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps({"files": files}))
+        self._guard()
+        if path.exists():
+            shutil.rmtree(path)  # damaged, or this start would have gone on from it
+        partial.rename(path)
+
+    def _prune(self, path: Path, protect: int) -> None:
         older = [checkpoint for checkpoint in committed(self._folder) if checkpoint < path]  # a later one is damaged
         for old in older[: max(0, len(older) + 1 - self._config.keep)]:
             if old != self.path(protect):
-                shutil.rmtree(old)
-
-
-def load_alone(path: Path, state: dict[str, Any]) -> None:
-    """Fill tensors from a checkpoint in this process, whatever others do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # meant
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+                shutil.rmtree(old, ignore_errors=True)  # what stays goes with the next one
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of each tensor in a checkpoint, as the top of this file names them."""
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = Reader(path).read_metadata().state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def extra_of(path: Path) -> dict[str, Any]:
     """What a checkpoint was saved with as ``extra``, its ``step``, and the ``shapes`` of the weights that have masks."""
     state = {"extra": ""}
-    load_alone(path, state)
+    read(state, path, None)
     return json.loads(state["extra"])
 
 
@@ -273,7 +320,7 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     """Name -> whole mask, [rows, ceil(cols / 8)] uint8; empty for a dense model."""
     state = {key: torch.empty(shape, dtype=torch.uint8) for key, shape in stored_shapes(path).items() if key.startswith("mask/")}
     if state:
-        load_alone(path, state)
+        read(state, path, None)
     return {key.removeprefix("mask/"): bits for key, bits in state.items()}
 
 
@@ -288,7 +335,7 @@ def sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> whole weight with its zeros, float32, whatever number of ranks wrote it."""
     state = {key: torch.empty(shape) for key, shape in stored_shapes(path).items() if key.startswith("model/")}
-    load_alone(path, state)
+    read(state, path, None)
     weights = {key.removeprefix("model/"): value for key, value in state.items() if key.count("/") == 1}
     masks, shapes = read_masks(path), sparse_shapes(path)
     for name in [name for name in masks if name not in weights]:
@@ -352,3 +399,11 @@ def crc32(file: Path) -> int:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the CPU. torch's own stagers copy storages, with Python's lock held: training would stand still although a thread does it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    tensor._local_tensor = tensor._local_tensor.to("cpu", copy=True)  # of a DTensor that was made for this checkpoint
+    return tensor

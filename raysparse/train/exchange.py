@@ -37,6 +37,10 @@ class Wire:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Count from 0."""
         self.bytes_sent = self.dense_bytes = 0
         self._seconds = 0.0  # without those of `_events`
         self._events: deque[tuple[Any, Any]] = deque()  # of the device, not all over yet

@@ -26,11 +26,13 @@ class Interval:
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
         self._step = state.step  # at the last report
         self._loss: Tensor | None = None
+        self._norm = 0.0
         self._churn = 0.0
 
-    def add(self, loss: Tensor, targets: int) -> None:
+    def add(self, loss: Tensor, targets: int, norm: float) -> None:
         self._loss = loss if self._loss is None else self._loss + loss
         self._targets += targets
+        self._norm = norm
 
     def note(self, change: Change) -> None:
         """Of an update: TensorBoard points, and a line where it changed nothing."""
@@ -51,10 +53,11 @@ class Interval:
         sent, dense, seconds = (a + b for a, b in zip(self._sent_before, self._t.sharded.wire.so_far, strict=True))
         state.bytes_sent, state.dense_bytes, state.wire_seconds = int(sent), int(dense), seconds
 
-    def report(self, lr: float, norm: float) -> None:
+    def report(self, lr: float) -> None:
         t, state = self._t, self._state
-        assert self._loss is not None
         check_leaks(t)
+        if self._loss is None:  # all of these steps were left out
+            return
         loss = float(t.all_sum(self._loss.double().cpu().reshape(1))) / max(1, self._targets)
         now = time.perf_counter()
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
@@ -65,15 +68,15 @@ class Interval:
         state.memory_bytes = {name: max(size, state.memory_bytes.get(name, 0)) for name, size in memory.items()}
         record = {
             "stage": t.stage, "step": state.step, "steps": t.pace.steps, "tokens": state.tokens,
-            "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate,
-            "seconds": state.seconds, "bytes_sent": state.bytes_sent,
+            "loss": loss, "lr": lr, "grad_norm": self._norm, "tokens_per_s": rate,
+            "seconds": state.seconds, "bytes_sent": state.bytes_sent, "workers": t.run.world_size,
             "flops": t.ledger.counted.total, "sparsity": _sparsity(t), "churn": self._churn,
             "phase": t.agenda.span(state.step - 1).phase.name, "attention_density": t.attention_density(state.step - 1),
             "step_seconds": (now - self._mark) / (state.step - self._step), "wire_seconds": wire["wire/seconds_per_step"],
             "seconds_left": (now - self._began) / (state.step - self._first) * (t.pace.steps - state.step),
         }  # fmt: skip
         tags = {
-            "loss/train": loss, "train/lr": lr, "train/grad_norm": norm,
+            "loss/train": loss, "train/lr": lr, "train/grad_norm": self._norm,
             "speed/tokens_per_s": rate, "speed/bytes_sent": state.bytes_sent, "sparsity/all": record["sparsity"],
             "attention/density": record["attention_density"],
             "flops/counted": t.ledger.counted.total, "flops/dense": t.ledger.dense.total,
@@ -105,8 +108,10 @@ class Interval:
 
 
 def check_leaks(t: Training) -> None:
+    """The masks are those that were committed, and what they leave out is 0. Every rank calls this."""
     if t.keeper is None:
         return
+    t.keeper.audit()
     tensors = {"weight": t.sharded.local}
     if not t.keeper.keeps_moments:
         tensors |= {which: dense_moments(t.sharded, t.optimizer, which, t.keeper.topology) for which in MOMENTS}

@@ -34,6 +34,10 @@ CONTROL_TIMEOUT = timedelta(minutes=30)
 """Of the keepers' own group: rank 0 may wait for a manager that is being restarted, or read a journal."""
 
 
+STORAGE_PATIENCE_S = 120.0
+"""How long an update waits for a journal that cannot be written."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What an update did, for logs.
@@ -70,10 +74,11 @@ class Keeper:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
         self._manager = manager() if dist.get_rank() == 0 else None
         self._attempt = 0
+        self._sums = torch.zeros(0, dtype=torch.int64)  # digests of this rank's rows of the masks, as they were set
         self._told = False  # the optimizer knows the masks
 
     def begin(self, step: int, history: list[dict[str, Any]]) -> None:
-        """Have the topology that the run starts or goes on with checked; every rank calls this once, after loading.
+        """Have the topology that the run starts or goes on with checked; every rank calls this after loading.
 
         Args:
             step: the next one (0-based).
@@ -87,8 +92,7 @@ class Keeper:
                 f"Expected the same config, shapes and seed on every rank. Got others than rank 0's on ranks {odd}. "
                 "Install the same raysparse on every node and start again."
             )
-        sums, masks = self.topology.digest_sums(), self.topology.masks
-        votes = self._gather(sums, sums, sums, masks, {})
+        votes = self._gather(self._sums, self._sums, self._sums, self.topology.masks, {})
         agenda, version = self.agenda.model_dump(mode="json"), self.agenda.version(step)
         nonce, world_size = secrets.token_hex(8), dist.get_world_size()
         self._attempt = self._agreed(lambda manager: manager.begin(nonce, agenda, world_size, version, votes, history)).attempt
@@ -122,10 +126,10 @@ class Keeper:
         born = {name: proposal.masks[name] & ~self.topology.masks[name] for name in proposal.grown}
         votes = self._gather(before, expected, after, proposal.masks, born)
         seconds = time.perf_counter() - began
-        self._agreed(lambda manager: manager.commit(self._attempt, update.version, step, votes, seconds, skipped))
+        self._agreed(lambda manager: _patiently(lambda: manager.commit(self._attempt, update.version, step, votes, seconds, skipped)))
         if not skipped:
             self._swap(proposal, values, rule.resets_state)
-            self.live = dict(update.nnz)
+            self.live, self._sums = dict(update.nnz), after
         replica = [vote for vote in votes if vote.replica == 0]
         churn = sum(sum(vote.changed) for vote in replica) / sum(self.live.values())
         explored = sum(sum(vote.ever) for vote in replica) / sum(map(math.prod, self.topology.shapes.values()))
@@ -133,8 +137,25 @@ class Keeper:
 
     def count(self) -> None:
         """Count the live weights anew, after other masks were loaded; every rank calls this."""
-        self.live = self.topology.nnz(self._sharded.ranks)
+        self.live, self._sums = self.topology.nnz(self._sharded.ranks), self.topology.digest_sums()
         self._told = set_masks(self._sharded, self._optimizer, self.topology)
+
+    def audit(self) -> None:
+        """Are the masks in memory those that were set? Between updates nothing else looks. Every rank calls this.
+
+        Raises:
+            TrainingError: on every rank, if any rank's are not.
+        """
+        now = self.topology.digest_sums()
+        wrong = [name for name, a, b in zip(self.topology.masks, self._sums.tolist(), now.tolist(), strict=True) if a != b]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, wrong, group=self._group)
+        if bad := [f"rank {rank}'s of {', '.join(names[:3])}" for rank, names in enumerate(found) if names]:
+            raise TrainingError(
+                f"Expected the masks in memory as they were set. Got others, {'; '.join(bad[:8])}: something else has written there. "
+                "Nothing of it is saved. The same command goes on from the last checkpoint; if it happens again, look at the memory of "
+                "these machines."
+            )
 
     def settle(self) -> None:
         """After an optimizer step: dead weights that were moved by their moments are 0 again."""
@@ -146,13 +167,13 @@ class Keeper:
         if self._manager is not None:
             self._manager.published(self._attempt, self.agenda.version(step), checkpoint)
 
-    def journal(self) -> str:
-        """The history so far as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
+    def journal(self, step: int) -> str:
+        """The history up to `step` as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
         if self._manager is None:
             return ""
         agenda = self.agenda.model_dump(mode="json")
         header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
-        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()))
+        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()[: self.agenda.version(step) + 1]))
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""
@@ -209,3 +230,11 @@ class Keeper:
         if not verdict.ok:
             raise TrainingError(verdict.why)
         return verdict
+
+
+def _patiently(ask: Callable[[], Verdict]) -> Verdict:
+    """The verdict, asked for again while the journal's storage is full or away. Training waits: no version is trained on before."""
+    deadline = time.monotonic() + STORAGE_PATIENCE_S
+    while (verdict := ask()).later and time.monotonic() < deadline:
+        time.sleep(1.0)
+    return verdict

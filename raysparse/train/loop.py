@@ -4,11 +4,16 @@ One step: batch -> forward and backward in micro-batches (gradients summed over 
 topology, which sees the dense gradients -> dead gradients zeroed -> clipped by the norm of the live ones -> AdamW. Weights and
 moments of dead entries are zero before a step and have zero gradients in it, so they are exactly zero after it;
 `Topology.leaks` checks that at every logging interval.
+
+What may go wrong in a step is told in `docs/faults.md`: a NaN ends nothing before `recovery.bad_step` has said so, and a run that is
+told to leave saves first.
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,37 +23,56 @@ from raysparse.data.batch import IGNORED, Batch
 from raysparse.losses import cross_entropy_sum
 from raysparse.sparsity import counter
 from raysparse.sparsity.flops import growth_flops, training_flops
+from raysparse.train.checkpoint import MARKER
 from raysparse.train.clip import clip_, global_norm
-from raysparse.train.error import TrainingError
+from raysparse.train.error import Left, TrainingError
 from raysparse.train.interval import Interval, histograms
 from raysparse.train.keeper import Change
+from raysparse.train.placement import largest_share, share_of
+from raysparse.train.recovery import bad_step
 from raysparse.train.state import HISTORY, State, Training
+
+MOST_UNSAVED = 3
+"""Saves given up in a row; a run that goes on longer without a checkpoint is not what its user asked for."""
 
 
 def train(t: Training, state: State) -> State:
-    """Train from `state` to the end of the run; returns the final state. Every rank calls this."""
+    """Train from `state` to the end of the run; returns the final state. Every rank calls this.
+
+    Raises:
+        Left: the run was told to leave (`Run.leaving`); its last step is saved.
+        TrainingError: it cannot go on.
+    """
     interval = Interval(t, state)
+    if t.config.on_nan == "roll_back" and state.step == 0:
+        save(t, state, interval)  # there must be something to go back to
     while state.step < t.pace.steps and not _stale(t, state):
+        t.watch.beat()
         lr, began = _set_lr(t, state.step), time.perf_counter()
-        loss, targets, tokens, source = forward_backward(t, state.step)
+        done = forward_backward(t, state.step)
+        if done is None:
+            t.watch.rest()
+            leave(t, state, interval)
+        loss, targets, tokens, source = done
         _count(t, state.step, tokens, source)
         norm, stepped, change = update(t, state.step)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"Expected finite gradients in step {state.step + 1} of {t.stage}. Got a NaN or infinity. "
-                "Lower optimizer.lr, lengthen schedule.warmup, or look at the data of this step; the last checkpoint is kept."
-            )
+        t.watch.rest()
+        finite = math.isfinite(norm)
+        if not finite and (back := bad_step(t, state)) is not None:
+            state, interval = back, Interval(t, back)
+            continue
         state.step += 1
-        state.optimizer_steps += stepped
+        state.optimizer_steps += stepped and finite
         state.tokens += tokens
-        interval.add(loss, targets)
+        if finite:
+            interval.add(loss, targets, norm)
         if change is not None:
             interval.note(change)
         elif said := t.sharded.took(time.perf_counter() - began):
             t.run.show({"text": said})
         last = state.step == t.pace.steps
         if last or _due(state.step, t.pace.log):
-            interval.report(lr, norm)
+            interval.report(lr)
         if _due(state.step, t.pace.histograms):
             t.meter.histograms(state.step, histograms(t))
         if last or _due(state.step, t.pace.validate):
@@ -56,9 +80,10 @@ def train(t: Training, state: State) -> State:
         new_best = t.config.patience > 0 and state.best_step == state.step
         if last or new_best or _stale(t, state) or _due(state.step, t.pace.save):
             save(t, state, interval)
-    _publish(t)
+    _publish(t, last=True)
     dist.barrier()
     if t.config.patience > 0 and 0 < state.best_step < state.step:
+        _check_best(t, state)
         t.run.show({"text": f"{t.stage}: back to the weights of step {state.best_step}, which validated best"})
         state.losses |= t.checkpointer.load(t.checkpointer.path(state.best_step))["state"]["losses"]
         if t.keeper is not None:
@@ -67,12 +92,14 @@ def train(t: Training, state: State) -> State:
     return state
 
 
-def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int, int]:
+def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int, int] | None:
     """Run the batch of `step`.
+
+    A loss that is not finite makes the gradients so, and the reduction carries that to all ranks.
 
     Returns:
         This rank's sum of losses (nats, detached); of the global batch the predicted tokens and all tokens (padding too, those that an
-        encoder reads not); and what an encoder reads of each row.
+        encoder reads not); and what an encoder reads of each row. None if any rank was told to leave: then nothing is computed, on any.
     """
     torch.manual_seed(counter.key(t.seed, "dropout", step, t.run.rank))
     if t.hybrid is not None:
@@ -81,15 +108,19 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int, int]:
     if t.kernels is not None:
         t.kernels.begin(t.looks_at_dead(step))
     micro_batches = _micro_batches(t, step)
-    count = torch.tensor([sum(batch.num_targets for batch in micro_batches)], dtype=torch.int64)
-    targets = int(t.all_sum(count))
+    mine = [sum(batch.num_targets for batch in micro_batches), int(t.run.leaving())]
+    targets, leaving = t.all_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+    if leaving:
+        return None
     micro_batches = [batch.to(t.device) for batch in micro_batches]
     t.objective.begin(micro_batches, targets)
     total = torch.zeros((), device=t.device)
     for i, batch in enumerate(micro_batches):
+        t.watch.beat()
         with t.sharded.accumulate(last=i == len(micro_batches) - 1):
             loss, cross_entropy = t.objective.loss(batch)
-            loss.backward()
+            sane = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+            (loss * sane).backward()
         total += cross_entropy
     first = micro_batches[0]
     return total, targets, t.config.sequences * first.input_ids.shape[1], first.source_length
@@ -101,6 +132,7 @@ def update(t: Training, step: int) -> tuple[float, bool, Change | None]:
     Returns:
         The global norm of the live gradients before clipping, whether the optimizer stepped, and what the update did.
     """
+    t.checkpointer.staged()
     gradients = t.sharded.collect()
     change = None if t.keeper is None else t.keeper.evolve(step, gradients)
     if change is not None and change.skipped is None:
@@ -143,23 +175,59 @@ def validate(t: Training) -> tuple[float, float]:
 
 
 def save(t: Training, state: State, interval: Interval) -> None:
-    t.guard()
+    """Begin to save. Masks that are not what was committed are not written: that is a `TrainingError` on every rank."""
     _publish(t)
+    if t.keeper is not None:
+        t.keeper.audit()
     interval.into(state)
     extra = {"state": vars(state) | t.largest(state), "ledger": t.ledger.to_dict(), "optimizer_steps": state.optimizer_steps}
-    notes = {} if t.keeper is None else {HISTORY: t.keeper.journal()}
-    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=notes)
-    t.saved = (path, state.step)
+    path = t.checkpointer.save(state.step, extra, protect=state.best_step if t.config.patience else 0, notes=_notes(t, state.step))
+    t.saved, t.saved_step = (path, state.step), state.step
     t.run.committed(path, {"step": state.step} | state.losses)
 
 
-def _publish(t: Training) -> None:
-    """Wait for the last checkpoint and let the manager know of it."""
-    t.checkpointer.wait()
-    if t.keeper is not None and t.saved is not None:
-        path, step = t.saved
-        t.keeper.published(str(path), step)
-        t.saved = None
+def _notes(t: Training, step: int) -> Callable[[], dict[str, str]]:
+    """What is to lie in a checkpoint of `step` besides. Long after thousands of updates: so it is put together while training goes on."""
+    return lambda: {} if t.keeper is None else {HISTORY: t.keeper.journal(step)}
+
+
+def leave(t: Training, state: State, interval: Interval) -> NoReturn:
+    """Save what is not saved, and go."""
+    if state.step > t.saved_step:
+        save(t, state, interval)
+    _publish(t, last=True)
+    t.meter.close()
+    raise Left(f"{t.stage} was told to leave, and has saved step {state.step}. The same command goes on from there.")
+
+
+def _publish(t: Training, last: bool = False) -> None:
+    """Wait for the last checkpoint and let the manager know of it, or the user that there is none."""
+    problem = t.checkpointer.wait()
+    if t.saved is None:
+        return
+    (path, step), t.saved = t.saved, None
+    if problem is None:
+        t.unsaved = 0
+        if t.keeper is not None:
+            t.keeper.published(str(path), step)
+        return
+    t.unsaved += 1
+    t.run.show({"text": f"{t.stage}: step {step} is NOT SAVED: {problem}. Earlier checkpoints are kept; make room, or mend the storage"})
+    t.meter.write({"stage": t.stage, "step": step, "steps": t.pace.steps, "event": "not_saved", "why": problem}, {})
+    if last or t.unsaved >= MOST_UNSAVED:
+        raise TrainingError(
+            f"Expected to write a checkpoint of step {step} to {path}. Got: {problem}{f', {t.unsaved} times in a row' * (t.unsaved > 1)}. "
+            "Make room there, or mend the storage; the same command then goes on from the newest checkpoint."
+        )
+
+
+def _check_best(t: Training, state: State) -> None:
+    best = t.checkpointer.path(state.best_step)
+    if not (best / MARKER).exists():
+        raise TrainingError(
+            f"Expected the weights of step {state.best_step}, which validated best, in {best}. Got none: they could not be saved. "
+            "The same command goes on from the newest checkpoint; training.patience=0 ends with the last weights."
+        )
 
 
 def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
@@ -185,13 +253,16 @@ def _validate_and_report(t: Training, state: State, interval: Interval) -> None:
 
 
 def _micro_batches(t: Training, step: int) -> list[Batch]:
-    """This rank's rows of the global batch; with parity all of them on every rank, counted on rank 0 alone."""
-    share = t.config.sequences if t.parity else t.config.sequences // t.run.world_size
-    first = 0 if t.parity else share * t.run.rank
-    batch = t.feed.batch(step, range(first, first + share))
-    if t.parity and t.run.rank > 0:
-        batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
-    return [batch.rows(start, start + t.config.micro) for start in range(0, share, t.config.micro)]
+    """This rank's rows of the global batch, with parity all of them on rank 0; filled up to the largest share by rows that do not
+    count, for collectives want equally many micro-batches of every rank."""
+    sequences, rank, world_size = t.config.sequences, t.run.rank, t.run.world_size
+    if t.parity:
+        mine, size = range(sequences if rank == 0 else 0), sequences
+    else:
+        mine, size = share_of(sequences, rank, world_size), largest_share(sequences, world_size)
+    batch = t.feed.batch(step, [min(mine.start + i, sequences - 1) for i in range(size)])
+    batch = replace(batch, labels=batch.labels.index_fill(0, torch.arange(len(mine), size), IGNORED))
+    return [batch.rows(start, start + t.config.micro) for start in range(0, size, t.config.micro)]
 
 
 def _losses_by_row(t: Training, batch: Batch) -> list[tuple[float, int]]:

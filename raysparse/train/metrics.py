@@ -1,16 +1,20 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, and one line (or a progress bar) on the console."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from raysparse.config import Config
 from raysparse.length import Length
+
+log = logging.getLogger(__name__)
 
 
 class LoggingConfig(Config):
@@ -27,42 +31,71 @@ class LoggingConfig(Config):
 class Meter:
     """Rank 0's pen: appends records to ``metrics.jsonl`` and TensorBoard in the run folder; other ranks write nothing.
 
-    Args:
-        step: the run goes on after this one; what TensorBoard holds of later ones, from an attempt that died, is dropped.
+    A disk that is full costs no run: lines of ``metrics.jsonl`` are kept and written with a later one, TensorBoard's curves end.
     """
 
-    def __init__(self, folder: Path, config: LoggingConfig, step: int, enabled: bool):
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
-        self._board = None
-        if enabled and config.tensorboard:
+    def __init__(self, folder: Path, config: LoggingConfig, enabled: bool):
+        self._folder, self._config, self._enabled = folder, config, enabled
+        self._file: Any = None
+        self._board: Any = None
+        self._unwritten = b""
+        self._told = False  # that there is something unwritten
+
+    def begin(self, step: int) -> None:
+        """The run goes on after `step`: what is there of later ones, of an attempt that died or was taken back, is dropped."""
+        self.close()
+        self._unwritten = b""
+        if not self._enabled:
+            return
+        rewind(self._folder, step)
+        self._file = (self._folder / "metrics.jsonl").open("ab", buffering=0)
+        if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: Mapping[str, Any], tags: Mapping[str, float]) -> None:
         """One metrics.jsonl line, and one TensorBoard point for each tag at the record's step."""
         if self._file is not None:
-            self._file.write(json.dumps(dict(record)) + "\n")
-            self._file.flush()
+            self._unwritten += json.dumps(dict(record)).encode() + b"\n"
+            self._write()
         self.point(record["step"], tags)
 
     def point(self, step: int, tags: Mapping[str, float]) -> None:
         """TensorBoard points alone."""
-        if self._board is not None:
-            for tag, value in tags.items():
-                self._board.add_scalar(tag, value, step)
+        for tag, value in tags.items():
+            self._draw("add_scalar", tag, value, step)
 
     def histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        if self._board is not None:
-            for tag, tensor in tensors.items():
-                if tensor.numel():
-                    self._board.add_histogram(tag, tensor.detach().float().cpu(), step)
+        for tag, tensor in tensors.items():
+            if tensor.numel():
+                self._draw("add_histogram", tag, tensor.detach().float().cpu(), step)
 
     def close(self) -> None:
         if self._file is not None:
+            self._write()
             self._file.close()
         if self._board is not None:
             self._board.close()
+        self._file = self._board = None
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._told:
+                log.warning("metrics.jsonl could not be written (%s): its lines are kept, and written with a later one.", error)
+        self._told = bool(self._unwritten)
+
+    def _draw(self, what: Literal["add_scalar", "add_histogram"], tag: str, value: Any, step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, what)(tag, value, step)
+        except OSError as error:  # of the thread that writes, which has ended with it
+            log.warning("TensorBoard's files could not be written (%s): its curves end here; metrics.jsonl goes on.", error)
+            self._board = None
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -121,10 +154,11 @@ class Console:
             self.close()
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with suppress(OSError):  # of a log on a full disk
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
 
 def line(record: Mapping[str, Any]) -> str:

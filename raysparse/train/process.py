@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,35 @@ def process_group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class Signals:
+    """SIGTERM as a request.
+
+    Attributes:
+        seen: whether one has come.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Inside, the first SIGTERM is noted; a second one does what it did before. No other than the main thread can ask for that."""
+        if current_thread() is not main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def note(*_: object) -> None:
+            self.seen = True
+            signal.signal(signal.SIGTERM, before)
+
+        signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def ranks_of(group: dist.ProcessGroup, device: torch.device) -> Ranks:

@@ -43,12 +43,16 @@ class ShardingConfig(Config):
     """FSDP2 only: send live weights and live gradients alone, a quarter of the bytes at 75 %; training is the same, bit by bit with gloo.
     auto: on or off as the first steps measure it, and say."""
 
-    def check_workers(self, workers: int) -> None:
-        """Raise a `ConfigError` for a combination that cannot run."""
-        if workers % self.replicas:
+    def check_workers(self, sizes: Sequence[int]) -> None:
+        """Raise a `ConfigError` for a combination that cannot run.
+
+        Args:
+            sizes: the numbers of workers that there may be.
+        """
+        if odd := [workers for workers in sizes if workers % self.replicas]:
+            choice = f"a divisor of {odd[0]}" if len(sizes) == 1 else "sharding.replicas=1, or one number of workers"
             raise ConfigError(
-                f"Expected sharding.replicas to divide run.workers. Got {self.replicas} replicas, {workers} workers. "
-                f"Choose a divisor of {workers}."
+                f"Expected sharding.replicas to divide run.workers. Got {self.replicas} replicas, {odd[0]} workers. Choose {choice}."
             )
         if self.type != "fsdp2" and self.replicas > 1:
             raise ConfigError(f"Expected sharding.replicas=1 with sharding.type={self.type}. Got {self.replicas}.")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from raysparse.train.objective import Objective
 from raysparse.train.optimizer import ScheduleConfig, moments
 from raysparse.train.run import Run
 from raysparse.train.shard import Sharded
+from raysparse.train.watch import Watch
 
 HISTORY = "topology.jsonl"
 """In a run folder the journal of the topology, in a checkpoint the history up to it: one committed version a line."""
@@ -49,6 +50,10 @@ class TrainingConfig(Config):
     """Held-out sequences in a validation, the same ones every time (fewer if there are fewer)."""
     patience: int = Field(0, ge=0)
     """Stop after so many validations in a row without a new best loss, and go back to the best one's weights; 0 never stops."""
+    on_nan: Literal["stop", "skip", "roll_back"] = "stop"
+    """What happens in a step whose loss or gradients hold a NaN or infinity. stop: an error. skip: its gradients are thrown away, and the
+    next batch comes; ten steps in a row, and it is an error. roll_back: the step is tried once more from the newest checkpoint, and if it
+    is bad again left out as with skip. May change when a run goes on (docs/faults.md)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Of the training loss; validation has none."""
     activation_checkpointing: bool = False
@@ -87,6 +92,8 @@ class State:
     best_step: int = 0
     stale: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
+    """Steps (0-based) whose gradients were not finite, and thrown away."""
 
 
 class Judged(NamedTuple):
@@ -130,10 +137,17 @@ class Training:
     checkpointer: Checkpointer
     meter: Meter
     run: Run
-    guard: Callable[[], None]
+    watch: Watch
     judge: "Callable[[Training], Judged] | None" = None
     """Scores the model at a validation; patience and the best checkpoint then go by that and not by the loss. Every rank calls it."""
     saved: tuple[Path, int] | None = None
+    """A checkpoint and its step that the manager has not been told of: it is in flight."""
+    saved_step: int = 0
+    """Of the newest checkpoint, that in flight too."""
+    unsaved: int = 0
+    """Saves given up in a row."""
+    tried_again: set[int] = field(default_factory=set)
+    """Steps that the run has gone back for."""
 
     @property
     def topology(self) -> Topology | None:

@@ -13,7 +13,7 @@ from raysparse.__main__ import main
 from tests.cluster.conftest import ENVIRON, free_ports
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0", "raysparse": "0.1.0"}
-NODE = {"host": "a", "versions": VERSIONS, "cores": 8, "gpus": ["H100"] * 2, "shm_bytes": 16 << 30}
+NODE = {"host": "a", "versions": VERSIONS, "cores": 8, "gpus": ["H100"] * 2, "shm_bytes": 16 << 30, "interface": "eth0"}
 NODE |= {"ray_gpus": 2, "ray_cpus": 8, "clock_s": [0.01, 0.001]}
 
 

@@ -15,6 +15,7 @@ SECRET = (
     *(".env", ".ENV", ".env.production", "prod.env", "server.pem", "tls.key", "id_rsa", "id_rsa.pub", "id_ed25519", "credentials"),
     *("credentials.json", "google-credentials.json", ".netrc", "token", "token.txt", "hf_token", "github-token", "auth_token", "api.token"),
     *(".ssh/config", "deep/.aws/config", "a/.kube/config", ".git-credentials", "secrets.yaml", "keys.kdbx", "service-account-1.json"),
+    *("kaggle.json", ".kaggle/access", "home/.aws/credentials", ".netrc"),
 )
 HARMLESS = (
     *(

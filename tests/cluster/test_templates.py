@@ -2,9 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 
@@ -157,7 +160,7 @@ def test_slurm_s_script_is_bash_and_calls_what_ray_has():
     assert (done.returncode, done.stderr) == (0, "")
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
 
-    command = SLURM.read_text().replace("\\\n", " ").split("ray symmetric-run ")[1]
+    command = SLURM.read_text().replace("\\\n", " ").split("ray symmetric-run ")[1].partition(" &\n")[0]
     start, _, entry = command.partition(" -- ")
     words = shlex.split(start)
     assert {"address", "min_nodes"} <= {parameter.name for parameter in symmetric_run.params}
@@ -183,6 +186,35 @@ def test_slurm_s_words_reach_raysparse_as_they_are(tmp_path):
     assert got[got.index("--address") + 1] == "node1:6379"
     assert "--num-gpus=0" in got
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("left", [143, 0, 7])
+def test_slurm_s_signal_reaches_the_run_and_its_status_comes_back(tmp_path, left):
+    """Of a run that saves and leaves, one that ends by itself, and one that fails: only the first is put in the queue again."""
+    stand_ins = {
+        "python": f"trap 'sleep 0.3; touch left; exit {left}' TERM; echo $$ > pid; mv pid began; while true; do sleep 0.05; done",
+        "scontrol": 'if [ "$1" = requeue ]; then touch "requeued $2"; else echo node1; fi',
+        "srun": "exec python -m raysparse pretrain x",
+        "pkill": 'printf "%s\\n" "$@" > told; kill -TERM "$(cat began)"',  # never the real one: it would find what others run here
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "8"}
+    job = subprocess.Popen(["bash", str(SLURM), "pretrain", "x"], env=env | {"SLURM_JOB_ID": "12"}, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == left
+    assert (tmp_path / "left").exists()
+    assert (tmp_path / "requeued 12").exists() == (left == 143)
+    *words, pattern = (tmp_path / "told").read_text().splitlines()
+    assert words == ["-TERM", "-u", str(os.getuid()), "-f"]
+    told = ["python -m raysparse pretrain x", "/venv/bin/python3.11 -m raysparse finetune y"]
+    spared = ["/venv/bin/python3 /venv/bin/ray symmetric-run --address a:6379 -- python -m raysparse pretrain x", "vim python -m raysparse"]
+    assert [line for line in told + spared if re.search(pattern, line)] == told
 
 
 def test_the_image_has_what_a_node_needs():

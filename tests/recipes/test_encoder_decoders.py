@@ -1,6 +1,7 @@
 """From pairs of texts, and of recordings and texts, to a trained and scored T5 and Whisper, through the commands' own functions."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raysparse.config import ConfigError, merge
-from raysparse.kernels.bits import pack
-from raysparse.models.build import ModelConfig, block_linears, build
+from raysparse.models.build import ModelConfig, build
 from raysparse.models.hub_config import ANY_KIND
-from raysparse.recipes import evaluate, finetune, generate, pretrain, zeroshot
+from raysparse.recipes import MODULES, evaluate, finetune, generate, pretrain, prune, zeroshot
 from raysparse.recipes.evaluate import EvaluateConfig
-from raysparse.recipes.export import MASKS, ExportConfig, export, write_model
+from raysparse.recipes.export import MASKS, ExportConfig, export
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.generate import GenerateConfig
+from raysparse.recipes.job import Job
 from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.prune import PruneConfig
 from raysparse.recipes.zeroshot import ZeroshotConfig
 from raysparse.runtime.local import run_here
 from raysparse.train.metrics import Console
+from raysparse.train.run import LocalRun
+from tests.ranks import spawn
 from tests.sounds import tone, wav
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf"}
@@ -106,18 +111,16 @@ def values(request) -> dict[str, Any]:
     return request.getfixturevalue(request.param)
 
 
-def prune(source: Path, target: Path) -> None:
-    """Half of every block's linear weights, the smallest, in the way a run exports them."""
-    from transformers import AutoConfig
-
-    model = build(ModelConfig(path=str(source)), 0, kinds=ANY_KIND)
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    masks = {}
-    for name in block_linears(model):
-        live = weights[name].abs() > weights[name].abs().median()
-        weights[name].masked_fill_(~live, 0.0)
-        masks[name] = pack(live)
-    write_model(target, weights, masks, AutoConfig.from_pretrained(source), str(source), {})
+def prune_config(values: dict[str, Any], model: Path, **sections: Any) -> PruneConfig:
+    """Half of every block's linear weights, by SparseGPT on a few of the task's pairs."""
+    own = {
+        "run": {"name": f"{values['run']['name']}-pruned"},
+        "model": {"path": str(model)},
+        "sparsity": {"target": 0.5},
+        "calibration": {"samples": 20, "batch": 3, "validation_sequences": 6},
+    }
+    shared = {key: values[key] for key in ("run", "task", "context", "source_context", "cache_dir")}
+    return PruneConfig.check(merge(shared, own | sections))
 
 
 def test_a_dense_teacher_is_made_here_and_its_pruned_student_learns_from_it(values, tmp_path):
@@ -133,10 +136,12 @@ def test_a_dense_teacher_is_made_here_and_its_pruned_student_learns_from_it(valu
     lines = [json.loads(line) for line in (teacher.run.path / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 6
 
-    prune(teacher.run.path / "export", tmp_path / "pruned")
+    pruning = prune_config(values, teacher.run.path)
+    loss = carry_out(prune, pruning, tmp_path)["pruning"]["loss"]
+    assert loss["before"] < loss["after"] < 2 * math.log(300)
     changes = {
         "run": {"name": f"{name}-student"},
-        "model": {"path": str(tmp_path / "pruned")},
+        "model": {"path": str(pruning.run.path)},
         "sparsity": {"masks": "keep"},
         "distillation": {"teacher": str(teacher.run.path), "eps": 1e-8, "task": 0.0, "logit": 1.0},  # it has learned the task less well
     }
@@ -157,6 +162,22 @@ def test_a_dense_teacher_is_made_here_and_its_pruned_student_learns_from_it(valu
     scored = carry_out(evaluate, again, tmp_path)
     assert scored["task"]["scores"] == learned["task"]["scores"]
     assert (again.run.path / "predictions.jsonl").read_text() == (student.run.path / "predictions.jsonl").read_text()
+
+
+def on_ranks(job: Job) -> dict[str, Any]:
+    return MODULES["prune"].work(job, LocalRun(Console()))
+
+
+def test_a_model_is_pruned_to_the_same_bits_at_any_number_of_ranks(values, tmp_path):
+    model, digests, weights = exported(values, tmp_path), [], []
+    for ranks in (1, 2):
+        job = prune.open_run(prune_config(values, model, run={"name": f"ranks-{ranks}"}))
+        results = spawn(on_ranks, ranks, job)
+        assert len({result["sparsity"]["mask_digest"] for result in results}) == 1
+        digests.append((results[0]["sparsity"]["mask_digest"], results[0]["pruning"]["loss"]))
+        weights.append(load_file(job.path / "export" / "model.safetensors"))
+    assert digests[0] == digests[1]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 def exported(values, tmp_path) -> Path:

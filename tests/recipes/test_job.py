@@ -33,6 +33,7 @@ def test_a_new_run(tmp_path):
         "claim",
         "config.yaml",
         "content.json",
+        "driver.1.json",
         "identity.json",
     ]  # nothing half-written
     check_claim(job)

@@ -1,11 +1,9 @@
 """The mask manager in its actor: found by its file, killed and back, gone with the run, and asked from another process."""
 
-import io
 import json
 import os
 import signal
 import time
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,13 +12,10 @@ from raysparse.__main__ import main
 from raysparse.config import ConfigError, merge
 from raysparse.recipes import pretrain
 from raysparse.recipes.job import Job
-from raysparse.runtime.launch import launch
 from raysparse.runtime.live import MANAGER, ask
-from raysparse.runtime.local import run_here
 from raysparse.runtime.mask_actor import ManagerProxy, managers
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.manager import MaskManager, Vote
-from raysparse.train.metrics import Console
 from raysparse.train.state import HISTORY
 
 AGENDA = Agenda.check(
@@ -131,39 +126,6 @@ def test_it_goes_with_the_run(ray_instance, job):
         ask(job.path, timeout_s=60)
     with managers([job]):  # at once again, under the same run
         assert begin(ManagerProxy(job.path), 0, "two").attempt == 2
-
-
-@pytest.mark.ray
-def test_a_run_whose_manager_is_killed_ends_as_if_it_had_lived(ray_instance, pretrain_values):
-    evolving = {
-        "sparsity": {"target": 0.75, "evolution": {"type": "mixed", "update_interval": 2}},
-        "training": {"length": 80, "validate_every": 80},
-        "checkpoint": {"every": 40},
-    }
-    calm = pretrain.PretrainConfig.check(merge(pretrain_values, merge(evolving, {"run": {"name": "calm"}})))
-    killed = pretrain.PretrainConfig.check(merge(pretrain_values, merge(evolving, {"run": {"name": "killed"}})))
-    jobs, quiet, victims = (pretrain.open_run(calm), pretrain.open_run(killed)), Console(io.StringIO()), []
-    (a,) = run_here([jobs[0]], calm.run, quiet)
-    Thread(target=kill_at, args=(ray_instance, jobs[1], 10, victims), daemon=True).start()
-    (b,) = launch([jobs[1]], killed.run, quiet)
-    assert victims, "the run ended before its manager could be killed"
-    assert a["sparsity"] == b["sparsity"]
-    assert a["loss"] == b["loss"]
-    one, two = ([{key: r[key] for key in r if key != "seconds"} for r in MaskManager(job.path / HISTORY).history()] for job in jobs)
-    assert one == two
-    assert len(one) == 40
-
-
-def kill_at(ray: Any, job: Job, version: int, victims: list[int]) -> None:
-    """SIGKILL the manager once it has committed a version."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        journal = job.path / HISTORY
-        if journal.exists() and len(journal.read_bytes().splitlines()) > version:
-            victims.append(pid_of(ray, job))
-            os.kill(victims[0], signal.SIGKILL)
-            return
-        time.sleep(0.02)
 
 
 @pytest.mark.ray

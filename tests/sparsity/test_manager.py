@@ -185,8 +185,10 @@ def test_a_full_disk_is_an_error_and_changes_nothing(journal, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            commit(manager, 2, votes(masks_of(1), masks_of(2)))
+        verdict = commit(manager, 2, votes(masks_of(1), masks_of(2)))
+        assert (verdict.ok, verdict.later) == (False, True)
+        expected = f"Expected to write version 2 of the topology to {journal}. Got: [Errno 28] No space left on device. Make room there, "
+        assert verdict.why.startswith(expected)
         assert manager.history() == history
         whole = journal.read_bytes()
         with pytest.raises(OSError, match="No space left"):
@@ -201,8 +203,9 @@ def test_a_full_disk_is_an_error_and_changes_nothing(journal, monkeypatch):
 def test_a_deleted_journal_is_not_begun_in_the_middle(journal):
     manager = begun(journal, 1)
     journal.unlink()
-    with pytest.raises(FileNotFoundError):
-        commit(manager, 2, votes(masks_of(1), masks_of(2)))
+    verdict = commit(manager, 2, votes(masks_of(1), masks_of(2)))
+    assert (verdict.ok, verdict.later) == (False, True)
+    assert "No such file" in verdict.why
     assert not journal.exists()
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ LOOSE = {"run": {"name": "steps", "seed": 3}}
 PARITY = {"run": {"name": "steps", "seed": 3, "parity": True}}
 # 2 rows in the feed-forward layers: one of 3 ranks has none.
 THIN = {"model": {"preset": "debug", "overrides": {"n_embd": 40, "n_head": 5, "n_layer": 2, "n_inner": 2, "vocab_size": 101}}}
+
+
+RIGL = {"target": 0.75, "evolution": {"type": "rigl", "update_interval": 1}}
+"""Other masks in every step."""
 
 
 def every(steps: int, keep: int = 10, **more: object) -> dict:
@@ -118,6 +123,19 @@ def test_masks_are_stored_in_one_bit_a_weight(finished):
     assert sum(pieces) < bits + headers < bools
 
 
+def test_replicas_write_a_weight_once(tmp_path):
+    """Two copies of the model, each on two ranks, store as many bytes of tensors as one copy."""
+    sizes = []
+    for replicas in (1, 2):
+        folder = tmp_path / str(replicas)
+        spawn(run, 2 * replicas, str(folder), PARITY | every(24) | {"sharding": {"replicas": replicas}}, SPARSE)
+        path = folder / "checkpoints" / "step_00000024"
+        pieces = dcp.FileSystemReader(path).read_metadata().storage_data
+        assert sum(file.stat().st_size for file in path.glob("*.distcp")) == sum(piece.length for piece in pieces.values())
+        sizes.append({index: piece.length for index, piece in pieces.items() if index.fqn != "extra"})
+    assert sizes[0] == sizes[1]
+
+
 def test_marker_knows_every_file(finished):
     folder, _ = finished
     for path in committed(folder / "checkpoints"):
@@ -140,13 +158,14 @@ def unmarked(folder: str) -> dict:
 def test_folder_without_its_marker_is_not_a_checkpoint(tmp_path):
     (died,) = spawn(unmarked, 1, str(tmp_path))
     assert died["state"]["step"] == 24
-    left = tmp_path / "checkpoints" / "step_00000024"
+    (left,) = (tmp_path / "checkpoints").iterdir()
     assert {file.name for file in left.iterdir()} == {".metadata", "__0_0.distcp", "topology.jsonl"}
     assert newest(tmp_path / "checkpoints") is None
     (again,) = spawn(run, 1, str(tmp_path), LOOSE, SPARSE)
     (other,) = spawn(run, 1, str(tmp_path / "other"), LOOSE, SPARSE)
     assert differences(again, other) == []
-    assert newest(tmp_path / "checkpoints") == left
+    assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000024"
+    assert not left.exists()
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -352,6 +371,30 @@ def late(folder: str) -> None:
     loop.train(t, state)
 
 
+def copied_late(folder: str) -> None:
+    """Nothing is copied before the next step's gradients are there: an optimizer that does not wait has stepped by then."""
+    t, state = assemble(folder, LOOSE | every(4, asynchronous=True), RIGL)
+    copied, wait, forward_backward, may_copy = checkpoint._copied, t.checkpointer.wait, loop.forward_backward, threading.Event()
+
+    def held(tensor):
+        assert may_copy.wait(60)
+        time.sleep(0.005)
+        return copied(tensor)
+
+    def done(*args):
+        result = forward_backward(*args)
+        may_copy.set()
+        return result
+
+    def waited() -> None:
+        may_copy.set()  # no step comes after the last one
+        wait()
+        may_copy.clear()
+
+    t.checkpointer.wait, checkpoint._copied, loop.forward_backward = waited, held, done
+    loop.train(t, state)
+
+
 def tensors(path: Path) -> dict:
     entries = of_tensors(dcp.FileSystemReader(path).read_metadata())
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
@@ -360,9 +403,10 @@ def tensors(path: Path) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_asynchronous_saving_stores_the_step_it_was_asked_for(tmp_path):
-    spawn(late, 2, str(tmp_path / "late"))
-    spawn(run, 2, str(tmp_path / "at once"), LOOSE | every(4, asynchronous=False), SPARSE)
+@pytest.mark.parametrize(("slow", "sparsity"), [(late, SPARSE), (copied_late, RIGL)], ids=["writing", "copying"])
+def test_asynchronous_saving_stores_the_step_it_was_asked_for(tmp_path, slow, sparsity):
+    spawn(slow, 2, str(tmp_path / "late"))
+    spawn(run, 2, str(tmp_path / "at once"), LOOSE | every(4, asynchronous=False), sparsity)
     paths = [committed(tmp_path / name / "checkpoints") for name in ("late", "at once")]
     assert [path.name for path in paths[0]] == [f"step_{step:08d}" for step in range(4, 25, 4)]
     before = None

@@ -53,6 +53,12 @@ def test_large_values_are_readable():
     assert "| norm 999.9000 |" in text
 
 
+def begun(folder, config, step=0, enabled=True):
+    meter = Meter(folder, config, enabled)
+    meter.begin(step)
+    return meter
+
+
 def records(folder):
     return [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -80,7 +86,7 @@ def test_rewind_drops_a_torn_record(tmp_path, torn):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n' + torn)
     rewind(tmp_path, 100)
     assert records(tmp_path) == [10]
-    meter = Meter(tmp_path, LoggingConfig(tensorboard=False), 0, enabled=True)
+    meter = begun(tmp_path, LoggingConfig(tensorboard=False), 10)
     meter.write({"step": 20}, {})
     meter.close()
     assert records(tmp_path) == [10, 20]
@@ -95,7 +101,7 @@ def test_meter_writes_jsonl_and_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step in (10, 20):  # the second as a resumed run: it appends
-        meter = Meter(tmp_path, LoggingConfig(), 0, enabled=True)
+        meter = begun(tmp_path, LoggingConfig(), step - 10)
         meter.write({"step": step, "loss": 2.5}, {"loss/train": 2.5 / step, "sparsity/all": 0.75})
         meter.write({"step": step, "validation_loss": 3.0}, {"loss/validation": 3.0})
         meter.histograms(step, {"weights/w": torch.randn(4, 4), "masks/empty": torch.zeros(0)})
@@ -114,7 +120,7 @@ def test_meter_writes_jsonl_and_tensorboard(tmp_path):
 
 
 def test_meter_without_tensorboard(tmp_path):
-    meter = Meter(tmp_path, LoggingConfig(tensorboard=False), 0, enabled=True)
+    meter = begun(tmp_path, LoggingConfig(tensorboard=False))
     meter.write({"step": 1}, {"loss/train": 1.0})
     meter.histograms(1, {"w": torch.ones(3)})
     meter.close()
@@ -122,7 +128,7 @@ def test_meter_without_tensorboard(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    meter = Meter(tmp_path, LoggingConfig(), 0, enabled=False)
+    meter = begun(tmp_path, LoggingConfig(), enabled=False)
     meter.write({"step": 1}, {"loss/train": 1.0})
     meter.histograms(1, {"w": torch.ones(3)})
     meter.close()

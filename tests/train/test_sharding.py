@@ -131,7 +131,7 @@ def test_plan_says_how_many_bytes_are_sent(tmp_path, kind, packed):
 )
 def test_impossible_shardings_are_refused(values, workers, text):
     with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
-        ShardingConfig.check(values).check_workers(workers)
+        ShardingConfig.check(values).check_workers([workers])
 
 
 def memory(folder: str, kind: str, state: str) -> dict[str, int]:
@@ -153,4 +153,4 @@ def test_memory_is_what_the_ranks_keep(tmp_path, kind):
 def test_missing_fairscale_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fairscale.optim.oss", None)
     with pytest.raises(ConfigError, match=r"Expected the package fairscale.*pip install 'raysparse\[fairscale\]'"):
-        ShardingConfig(type="fairscale").check_workers(1)
+        ShardingConfig(type="fairscale").check_workers([1])

@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from raysparse.config import ConfigError
 from tests.report.conftest import _write_run
-from tuning.check import CONFIG
+from tuning.check import CONFIG, check
 from tuning.config import SearchConfig
 from tuning.space import Search
 from tuning.trial import ERROR, FLOPS, FOLDER, OBJECTIVE, POINT, PROGRESS, STATUS
 from tuning.watch import Watcher
+
+CLASHING = {"sparsity.masks": {"choice": ["lift", "keep"]}, "adapters.type": {"choice": ["none", "selective"]}}
 
 
 @pytest.fixture
@@ -64,3 +67,25 @@ def test_failed_trials_say_why(search, tmp_path, capsys):
     assert "Got a NaN." in said
     (line,) = (json.loads(line) for line in (search.path / "trials.jsonl").read_text().splitlines())
     assert (line["status"], line["objective"], line["error"]) == ("failed", None, "Got a NaN.")
+
+
+def test_a_trial_of_values_that_do_not_go_together_is_one_that_failed(search_values, tmp_path, capsys):
+    """A sampler may come to such; a grid's are refused before the search begins."""
+    values = search_values()
+    values["tasks"]["pairs"]["space"] = CLASHING
+    search = Search(SearchConfig.check(values))
+    search.path.mkdir(parents=True)
+    point = next(point for point in search.points() if tuple(point.params.values()) == ("lift", "selective"))
+    trial = SimpleNamespace(config={POINT: asdict(point)}, last_result={STATUS: "failed", ERROR: "Expected sparsity.masks=keep"})
+    watcher = Watcher(search, 3)
+    trial.is_finished = lambda: True
+    watcher.on_trial_complete(0, [trial], trial)
+    (line,) = (json.loads(line) for line in (search.path / "trials.jsonl").read_text().splitlines())
+    assert (line["status"], line["parent"], line["command"], line["error"]) == ("failed", None, "", "Expected sparsity.masks=keep")
+
+
+def test_no_trial_runs_if_a_grid_has_values_that_do_not_go_together(search_values):
+    values = search_values()
+    values["tasks"]["pairs"]["space"] = CLASHING
+    with pytest.raises(ConfigError, match=r"tasks\.pairs at sparsity\.masks=lift, adapters\.type=selective: "):
+        check(Search(SearchConfig.check(values)))
