@@ -3,7 +3,7 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, zeroshot
+from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, recover, zeroshot
 from raysparse.recipes.job import Job
 from raysparse.report import bytes_text
 
@@ -19,6 +19,7 @@ CONFIGS: dict[str, type[Config]] = {
     "export": export.ExportConfig,
     "generate": generate.GenerateConfig,
     "gradual": gradual.GradualConfig,
+    "recover": recover.RecoverConfig,
     "compare": compare.CompareConfig,
 }
 """Verb -> its config."""

@@ -113,7 +113,8 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know.
 
     Args:
-        tokenizer_folder: of a model that an earlier stage of the same group will have trained by then.
+        tokenizer_folder: of a model that an earlier stage of the same group will have trained by then; if it holds a model, that
+            one has its shapes.
     """
     training.check_sizes(config)
     evaluate.check_task(config.task)
@@ -121,6 +122,9 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     if tokenizer_folder is None:
         config, tokenizer_folder = with_model(config)
         hf_config = _check_model(config, evaluate.load_tokenizer(tokenizer_folder))
+    elif (Path(tokenizer_folder) / "config.json").exists():
+        like = config.model.model_copy(update={"path": tokenizer_folder})
+        hf_config = architecture(like, len(evaluate.load_tokenizer(tokenizer_folder)), config.context, kinds_for(config.task))
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
     examples = evaluate.store_examples(config.task, config.cache_dir)
     splits = evaluate.load_examples(examples)
@@ -191,7 +195,11 @@ def _masks(config: FinetuneConfig) -> Path | None:
 
 def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
     """The digest of a teacher whose tokenizer is the student's, and whose blocks are, as far as it is known by now."""
-    folder, tokenizer, kinds = evaluate.model_folder(distillation.teacher), evaluate.load_tokenizer(tokenizer_folder), kinds_for(config.task)
+    folder, tokenizer, kinds = (
+        evaluate.model_folder(distillation.teacher),
+        evaluate.load_tokenizer(tokenizer_folder),
+        kinds_for(config.task),
+    )
     its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds)
     if config.model.path is None:
         _check_alike(distillation, architecture(config.model, len(tokenizer), config.context, kinds), its)
