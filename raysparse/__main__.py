@@ -68,9 +68,9 @@ HELP = {
              "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
     "gradual": ("prune a trained model in stages, each fine-tuned with its mask kept", "Levels are SquareHead's eight, 50 to 90 %, unless "
                 "told otherwise. All stages run in one worker group; the same command goes on. Ends with a table of losses and scores."),
-    "recover": ("prune a dense model of a task to several levels, fine-tune each in several ways, compare", "The teacher is trained "
-                "first. `ways` names the ways: from the data alone, by KL, by SquareHead (arXiv:2310.06927). Every stage is a run; the same "
-                "command goes on. Ends with a table over levels and seeds, and report.html."),
+    "recover": ("prune a dense model of a task to several levels, fine-tune each in several ways, compare", "The teacher is "
+                "trained first. `ways` names the ways: from the data alone, by KL, by SquareHead (arXiv:2310.06927). Every stage is a run; "
+                "the same command goes on. Ends with a table over levels and seeds, and report.html."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
