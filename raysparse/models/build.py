@@ -109,6 +109,7 @@ def build(
     as it was. A `path` is read. Arguments and errors otherwise as for `architecture`.
     """
     hf_config = architecture(config, vocab_size, context, kinds)
+    hears = _hears_less(config, hf_config)
     with torch.random.fork_rng(devices=[]), _as_config_error(config):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         if config.path is None:
@@ -126,9 +127,28 @@ def build(
             f"Expected every weight of {type(model).__name__} in {config.path}. Got none for {len(missing)} of them: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Use a complete checkpoint, or drop the overrides."
         )
+    if hears is not None:
+        _hear_less(model, hears)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # not a view of the file: aligned (see layout), and safe if the file changes
     return _finished(model)
+
+
+def _hears_less(config: ModelConfig, hf_config: "PretrainedConfig") -> int | None:
+    """The positions of a Whisper that is to hear less than what is stored at its path, which `hf_config` then has as they are stored."""
+    wanted = getattr(hf_config, "max_source_positions", None)
+    if config.path is None or wanted is None or (stored := read_config(config.path).max_source_positions) <= wanted:
+        return None
+    hf_config.max_source_positions = stored
+    return wanted
+
+
+def _hear_less(model: Any, positions: int) -> None:
+    """Only the first positions of a Whisper's encoder: for short recordings at a fraction of the cost."""
+    encoder = model.get_encoder()
+    encoder.embed_positions.weight.data = encoder.embed_positions.weight.data[:positions]
+    encoder.embed_positions.num_embeddings = encoder.max_source_positions = positions
+    model.config.max_source_positions = encoder.config.max_source_positions = positions
 
 
 @contextmanager

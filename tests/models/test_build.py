@@ -248,3 +248,30 @@ def test_only_causal_language_models_unless_others_are_asked_for(tmp_path, value
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=f"Expected a causal language model.*{got}"):
         architecture(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_whisper_that_hears_less_keeps_its_first_positions(tmp_path):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "max_target_positions": 16}
+    sizes |= {"suppress_tokens": None, "begin_suppress_tokens": None}
+    whole = WhisperForConditionalGeneration(WhisperConfig(max_source_positions=50, **sizes)).eval()
+    whole.save_pretrained(tmp_path / "model")
+    config = ModelConfig(path=str(tmp_path / "model"), overrides={"max_source_positions": 20})
+    short = build(config, 0, kinds=("audio",)).eval()
+    by_hand = WhisperForConditionalGeneration(WhisperConfig(max_source_positions=20, **sizes)).eval()
+    weights = whole.state_dict()
+    weights["model.encoder.embed_positions.weight"] = weights["model.encoder.embed_positions.weight"][:20]
+    by_hand.load_state_dict(weights)
+    heard = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.tensor([[1, 4, 7], [1, 9, 3]])}
+    with torch.no_grad():
+        assert torch.equal(short(**heard).logits, by_hand(**heard).logits)
+    shapes = {name: parameter.shape for name, parameter in skeleton(config, kinds=("audio",)).named_parameters()}
+    assert {name: parameter.shape for name, parameter in short.named_parameters()} == shapes
+    short.save_pretrained(tmp_path / "short")
+    assert build(ModelConfig(path=str(tmp_path / "short")), 0, kinds=("audio",)).config.max_source_positions == 20
+    longer = config.model_copy(update={"overrides": {"max_source_positions": 60}})
+    with pytest.raises(ConfigError, match=r"Expected a model that transformers can build.*max_source_positions"):
+        build(longer, 0, kinds=("audio",))
