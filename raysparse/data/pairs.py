@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MULTIPLE = 8
+_LOT = 10_000
+"""Texts tokenized at once: what a tokenizer holds meanwhile is hundreds of bytes a token."""
 
 
 class Rows(Protocol):
@@ -207,6 +209,8 @@ def cut(prompt: list[int], room: int, task: Task) -> list[int]:
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Ids without special tokens; a special token written in a text is text."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    found: list[list[int]] = []
+    for first in range(0, len(texts), _LOT):
+        lot = list(texts[first : first + _LOT])
+        found += tokenizer(lot, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return found

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -49,8 +50,14 @@ def train(config: TrainTokenizer, documents: Iterator[str], corpus: str, cache: 
     return publish(cache / "tokenizers" / key, lambda folder: _train(config, documents, folder))
 
 
-def import_pretrained(config: PretrainedTokenizer, cache: Path) -> Path:
-    """Copy the tokenizer into the cache, under a hash of its content: every process reads the same. Returns the folder."""
+def import_pretrained(config: PretrainedTokenizer, cache: Path, of_model: bool = False) -> Path:
+    """Copy the tokenizer into the cache, under a hash of its content: every process reads the same. Returns the folder.
+
+    Args:
+        of_model: `path` is a model's, whose generation config comes along if it has one: an export needs it (Whisper's languages).
+    """
+    from transformers import GenerationConfig
+
     path = Path(config.path).expanduser()
     try:
         tokenizer = load(str(path) if path.is_dir() else config.path)
@@ -72,6 +79,9 @@ def import_pretrained(config: PretrainedTokenizer, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         tokenizer.save_pretrained(folder)
+        if of_model:
+            with suppress(OSError):  # there is none
+                GenerationConfig.from_pretrained(config.path).save_pretrained(folder)
         key = fingerprint(Path(folder))[:24]
         return publish(cache / "tokenizers" / key, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
 

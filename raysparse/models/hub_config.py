@@ -84,7 +84,8 @@ def read_config(path: str, kinds: Sequence[Kind] = ANY_KIND) -> "PretrainedConfi
     kind = kind_of(hf_config)
     name = mappings[kind].get(hf_config.model_type)
     claimed = hf_config.architectures or [name]
-    if name is None or hf_config.is_encoder_decoder != (kind != "causal") or name not in claimed:
+    other = name is None or name.lower() not in [each.lower() for each in claimed if each]  # MPT's own says MPTForCausalLM
+    if other or hf_config.is_encoder_decoder != (kind != "causal"):
         raise ConfigError(
             f"Expected a causal language model, a T5 or a Whisper at model.path {path}. Got {', '.join(map(str, claimed))} "
             f"(model_type {hf_config.model_type}). Use a decoder-only model with a language-model head, or one of these."

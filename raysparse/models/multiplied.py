@@ -79,5 +79,5 @@ def _encoder(model: "PreTrainedModel", linears: list[str]) -> Encoder:
 
 
 def _is_of_source(name: str) -> bool:
-    attention, matrix = name.split(".")[-3:-1]
+    *_, attention, matrix = ["", "", *name.split(".")[:-1]]
     return matrix in _CROSS.get(attention, ())

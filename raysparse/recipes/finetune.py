@@ -23,7 +23,7 @@ from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import FlopsConfig
-from raysparse.recipes.reading import Reader, from_scratch, kinds_for, new_tokenizer
+from raysparse.recipes.reading import Reader, from_scratch, kinds_for, new_tokenizer, tokenizer_of
 from raysparse.sparsity.agenda import Agenda
 from raysparse.sparsity.plan import SparsityConfig
 from raysparse.sparsity.topology import Topology
@@ -133,7 +133,7 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     rows = reader.rows(splits["train"])
     reader.rows(splits["validation"])
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
-    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer_folder)}
+    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer, hf_config)}
     weights = f"from scratch, tokenizer {Path(tokenizer_folder).name}"
     if config.model.path is not None:
         weights = "of an earlier stage" if pending else evaluate.weights_digest(config.model.path)
@@ -159,8 +159,13 @@ def with_model(config: FinetuneConfig) -> tuple[FinetuneConfig, str]:
         examples = evaluate.examples_of(config.task, "train")
         folder = new_tokenizer(config.tokenizer, config.task, examples, Path(config.cache_dir).expanduser().absolute())
         return config.model_copy(update={"model": from_scratch(config.model, evaluate.load_tokenizer(folder))}), folder
-    path = evaluate.model_folder(config.model.path)
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})}), path
+    config = _found(config)
+    return config, tokenizer_of(config.model.path or "", Path(config.cache_dir).expanduser().absolute())
+
+
+def _found(config: FinetuneConfig) -> FinetuneConfig:
+    """With the folder, or the hub name, of the model that `model.path` means."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": evaluate.model_folder(config.model.path or "")})})
 
 
 def model_skeleton(config: FinetuneConfig) -> Any:
@@ -193,19 +198,12 @@ def _masks(config: FinetuneConfig) -> Path | None:
     return file if config.model.path is not None and file.exists() else None
 
 
-def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer_folder: str) -> str:
-    """The digest of a teacher whose tokenizer is the student's, and whose blocks are, as far as it is known by now."""
-    folder, tokenizer, kinds = (
-        evaluate.model_folder(distillation.teacher),
-        evaluate.load_tokenizer(tokenizer_folder),
-        kinds_for(config.task),
-    )
-    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds)
-    if config.model.path is None:
-        _check_alike(distillation, architecture(config.model, len(tokenizer), config.context, kinds), its)
-    elif (Path(tokenizer_folder) / "config.json").exists():
-        student = config.model.model_copy(update={"path": tokenizer_folder})
-        _check_alike(distillation, architecture(student, len(tokenizer), config.context, kinds), its)
+def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer: Any, mine: Any) -> str:
+    """The digest of a teacher whose tokenizer is the student's, and whose blocks are, if the student is known by now (`mine`)."""
+    folder = evaluate.model_folder(distillation.teacher)
+    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds_for(config.task))
+    if mine is not None:
+        _check_alike(distillation, mine, its)
     if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
@@ -333,7 +331,9 @@ def _judge(
 def _as_prepared(config: FinetuneConfig, tokenizer_folder: str) -> tuple[FinetuneConfig, str]:
     """`with_model`, after the driver has made the tokenizer."""
     if config.model.path is not None:
-        return with_model(config)
+        config = _found(config)
+        path = config.model.path or ""
+        return config, path if Path(path).is_dir() else tokenizer_folder
     return config.model_copy(update={"model": from_scratch(config.model, evaluate.load_tokenizer(tokenizer_folder))}), tokenizer_folder
 
 

@@ -19,7 +19,7 @@ from raysparse.config import Config, ConfigError, together
 from raysparse.data.batch import Feed
 from raysparse.data.calibration import Chunk, PairSamples, Samples, TextSamples
 from raysparse.data.pairs import PairValidation
-from raysparse.data.tokenizer import PretrainedTokenizer, import_pretrained
+from raysparse.data.tokenizer import PretrainedTokenizer
 from raysparse.data.tokens import DataConfig, Prepared, TokenFile, TokenValidation, num_windows, prepare
 from raysparse.kernels.bits import pack
 from raysparse.losses import cross_entropy_sum
@@ -33,7 +33,7 @@ from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import digest_sum, nnz_of_bits, read_masks
 from raysparse.recipes.pretrain import check_sources
-from raysparse.recipes.reading import Reader, kinds_for
+from raysparse.recipes.reading import Reader, kinds_for, tokenizer_of
 from raysparse.recipes.training import finish, header
 from raysparse.sparsity.pattern import NM, Unstructured
 from raysparse.sparsity.plan import LevelsConfig, SparsityPlan
@@ -136,9 +136,7 @@ def check_model(config: PruneConfig, like: str | None = None) -> tuple[str, Spar
 def check(config: PruneConfig, like: str | None = None) -> dict[str, Any]:
     """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know."""
     folder, _ = check_model(config, like)
-    prepared: dict[str, Any] = {"tokenizer": folder}
-    if not Path(folder).is_dir():
-        prepared["tokenizer"] = str(import_pretrained(PretrainedTokenizer(path=folder), Path(config.cache_dir).expanduser().absolute()))
+    prepared: dict[str, Any] = {"tokenizer": tokenizer_of(folder, Path(config.cache_dir).expanduser().absolute())}
     content = {"model": evaluate.weights_digest(folder) if like is None else "of an earlier stage"}
     if config.task is not None:
         prepared["examples"] = str(evaluate.store_examples(config.task, config.cache_dir, ("train", "validation")))

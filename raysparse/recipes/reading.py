@@ -70,6 +70,11 @@ class Reader:
         return first_tokens(self.tokenizer, self.task, self.hf_config.decoder_start_token_id, self.context)
 
 
+def tokenizer_of(model: str, cache: Path) -> str:
+    """Folder of the tokenizer of a model: its own, or of a model on the hub one in the cache."""
+    return model if Path(model).is_dir() else str(tokenizers.import_pretrained(PretrainedTokenizer(path=model), cache, of_model=True))
+
+
 def new_tokenizer(config: AnyTokenizer, task: Task, examples: Sequence[Example], cache: Path) -> str:
     """Folder of the tokenizer of a model from scratch: a given one, or one trained on the texts of the examples."""
     if isinstance(config, PretrainedTokenizer):

@@ -5,8 +5,10 @@ which sparsity on? Every stage is a run of its own, so that the same command goe
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from statistics import mean, stdev
 from typing import Any, Self
 
@@ -21,10 +23,11 @@ from raysparse.recipes.job import Job, write_atomically
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.recipes.prune import PruneConfig
 from raysparse.recipes.training import check_sizes
-from raysparse.tasks.metrics import LOWER_IS_BETTER
 from raysparse.train.run import RunConfig
 
 LOSS = "validation loss"
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""97.5 % quantiles of Student's t by degrees of freedom, from 1 on."""
 
 
 class RecoverConfig(Config):
@@ -58,6 +61,10 @@ class RecoverConfig(Config):
     def _sorted(self) -> Self:
         if list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"Expected levels that rise. Got {', '.join(f'{level:g}' for level in self.levels)}. Put them in order")
+        if len({f"{level:g}" for level in self.levels}) < len(self.levels):
+            raise ValueError("Expected levels that six digits tell apart. Got two that they do not. Drop one")
+        if taken := {"prune"} & self.ways.keys():
+            raise ValueError(f"Expected ways with names of their own. Got {', '.join(taken)}, which is a stage. Rename it")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Expected each seed once. Got {', '.join(map(str, self.seeds))}. Drop what is there twice")
         return self
@@ -195,15 +202,19 @@ def _report(config: RecoverConfig, teacher: dict[str, Any], pruned: dict[float, 
     from raysparse.report.page import bullets, figure, page
     from raysparse.report.table import Block, Table
 
-    dense = Row("dense", 0.0, [teacher])
+    dense, primary = Row("dense", 0.0, [teacher]), teacher["task"]["primary"]
+    primary = primary if primary in dense.measures else LOSS
+    apart = {level: differences([row for row in rows if row.level == level], primary) for level in config.levels}
+    meaning = f"; mean ± standard error, * where a t-test over {len(config.seeds)} seeds has p < 0.05" if len(config.seeds) > 1 else ""
     names = list(dense.measures)
     columns = ("sparsity", "way", *names, "seconds")
     cells = [(f"{row.level:g}", row.way, *(_cell(name, row.measures[name]) for name in names), _seconds(row)) for row in (dense, *rows)]
     notes = (
         f"{'Mean ± standard deviation' if len(config.seeds) > 1 else 'One value'} over {len(config.seeds)} "
-        f"seed{'s' * (len(config.seeds) > 1)} of pruning and fine-tuning; one teacher.",
+        f"seed{'s' * (len(config.seeds) > 1)} of pruning and fine-tuning; one teacher. "
+        "Every way has the same settings and steps: none is tuned.",
         *(_pruned_note(level, summaries) for level, summaries in pruned.items()),
-        *(sentence for level in config.levels for sentence in _ordering(config, level, rows, teacher["task"]["primary"])),
+        *(f"At {level:g}, {primary} seed by seed: {', '.join(each.text for each in apart[level])}{meaning}." for level in config.levels),
     )
     table = Table((Block(f"What comes back of {config.run.name}", columns, tuple(cells), notes),))
     lines = {
@@ -211,8 +222,7 @@ def _report(config: RecoverConfig, teacher: dict[str, Any], pruned: dict[float, 
             way: [(0.0, dense.measures[name][0]), *((row.level, mean(row.measures[name])) for row in rows if row.way == way)]
             for way in config.ways
         }
-        for name in (teacher["task"]["primary"], LOSS)
-        if name in names
+        for name in dict.fromkeys((primary, LOSS))
     }
     picture = lines_by_sparsity(lines, dict(zip(lines, lines, strict=True)), "Quality over sparsity, by what is learned from")
     root = config.run.path
@@ -222,7 +232,12 @@ def _report(config: RecoverConfig, teacher: dict[str, Any], pruned: dict[float, 
         f"<h1>{title}</h1>", bullets(notes), figure(picture, "The dense teacher is at 0 %. Means over the seeds."),
         table.blocks[0].html(), f'<pre class="scroll" tabindex="0">{command}</pre>',
     ]  # fmt: skip
-    facts = {"dense": dense.facts(), "rows": [row.facts() for row in rows], "report": str(root / "report.html")}
+    facts = {
+        "dense": dense.facts(),
+        "rows": [row.facts() for row in rows],
+        "differences": [asdict(each) for found in apart.values() for each in found],
+        "report": str(root / "report.html"),
+    }
     write_atomically(root / "config.yaml", config.to_yaml())
     write_atomically(root / "recover.json", json.dumps(facts, indent=1) + "\n")
     write_atomically(root / "table.md", table.markdown() + "\n")
@@ -230,22 +245,39 @@ def _report(config: RecoverConfig, teacher: dict[str, Any], pruned: dict[float, 
     return facts, f"{table.terminal()}\nPlots and details: {root / 'report.html'}"
 
 
-def _ordering(config: RecoverConfig, level: float, rows: Sequence[Row], measure: str) -> Iterator[str]:
-    """The ways from best to worst, and whether neighbours differ by more than the seeds do."""
-    sign = 1 if measure in LOWER_IS_BETTER else -1
-    here = sorted((row for row in rows if row.level == level), key=lambda row: sign * mean(row.measures[measure]))
-    if len(here) < 2:
-        return
-    text = here[0].way
-    for better, worse in pairwise(here):
-        text += f"{' > ' if _apart(better.measures[measure], worse.measures[measure]) else ' ≈ '}{worse.way}"
-    how = "seed by seed all differences have one sign" if len(config.seeds) > 1 else "one seed judges nothing"
-    yield f"At {level:g} by {measure}: {text} (> where {how})."
+@dataclass(frozen=True)
+class Difference:
+    """Of two ways at a level, seed by seed: the second minus the first.
+
+    Attributes:
+        error: standard error of the mean; None of one seed.
+        judged: whether 0 lies outside the 95 % interval of a paired t-test (errors taken as normal); None of one seed.
+    """
+
+    level: float
+    measure: str
+    ways: tuple[str, str]
+    mean: float
+    error: float | None
+    judged: bool | None
+
+    @property
+    def text(self) -> str:
+        first, second = self.ways
+        digits = 4 if self.measure == LOSS else 2
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{second} - {first} {self.mean:+.{digits}f}{error}{'*' * bool(self.judged)}"
 
 
-def _apart(better: Sequence[float], worse: Sequence[float]) -> bool:
-    differences = [a - b for a, b in zip(better, worse, strict=True)]
-    return len(differences) > 1 and (all(d > 0 for d in differences) or all(d < 0 for d in differences))
+def differences(rows: Sequence[Row], measure: str) -> list[Difference]:
+    """Of every pair of ways of one level, in their order."""
+    found = []
+    for one, other in combinations(rows, 2):
+        each = [b - a for a, b in zip(one.measures[measure], other.measures[measure], strict=True)]
+        error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+        judged = None if error is None else abs(mean(each)) > _T[min(len(each) - 1, len(_T)) - 1] * error
+        found.append(Difference(one.level, measure, (one.way, other.way), mean(each), error, judged))
+    return found
 
 
 def _pruned_note(level: float, summaries: Sequence[dict[str, Any]]) -> str:

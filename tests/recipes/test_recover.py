@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from raysparse.__main__ import main
 from raysparse.config import read_yaml
-from raysparse.recipes.recover import RecoverConfig, Stages, _ordering
+from raysparse.recipes.recover import Difference, RecoverConfig, Stages, differences
 
 T5 = {"preset": "t5-small", "overrides": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}}
 
@@ -86,7 +86,9 @@ def test_every_way_starts_from_the_same_pruned_model_and_ends_in_one_table(value
     assert len(before) == 2 + 4 + 12
     assert main(["recover", file, "--local"]) == 0  # finished stages are left as they are
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")} == before
-    assert "At 0.75 by chrf:" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"At 0.75, chrf seed by seed: {Difference(**facts['differences'][3]).text}" in told
+    assert len(facts["differences"]) == 6
 
 
 def test_an_encoder_decoder_from_scratch(values, tmp_path, capsys):
@@ -106,6 +108,8 @@ def test_what_is_wrong_with_a_late_stage_is_found_before_the_teacher_is_trained(
         assert not (tmp_path / "runs" / "back").exists()
 
     refused({"levels": [0.75, 0.5]}, "Expected levels that rise. Got 0.75, 0.5")
+    refused({"levels": [0.8333331, 0.8333332]}, "Expected levels that six digits tell apart")
+    refused({"ways": {"prune": {}}}, "Expected ways with names of their own. Got prune")
     refused({"seeds": [1, 1]}, "Expected each seed once. Got 1, 1")
     refused({"ways": {"kl": {"distillation": {"logit": -1}}}}, "distillation.logit")
     refused({"ways": {"kl": {"distilation": {}}}}, "distilation")
@@ -133,11 +137,21 @@ class Told:
         self.way, self.level, self.measures = way, 0.5, {"chrf": scores, "wer": scores}
 
 
-def test_the_order_of_the_ways_says_what_the_seeds_agree_on(values):
-    config = RecoverConfig.check(values)
-    rows: Any = [Told("a", [10.0, 11.0]), Told("b", [20.0, 19.0]), Told("c", [19.5, 19.4])]
-    assert next(_ordering(config, 0.5, rows, "chrf")).startswith("At 0.5 by chrf: b ≈ c > a")
-    assert next(_ordering(config, 0.5, rows, "wer")).startswith("At 0.5 by wer: a > c ≈ b")
+def test_differences_are_judged_seed_by_seed():
+    def judged(*scores):
+        rows: Any = [Told(way, values) for way, values in zip("abc", scores, strict=False)]
+        return [(each.ways, each.judged) for each in differences(rows, "chrf")]
+
+    three = judged([10.0, 11.0, 12.0], [12.0, 13.1, 14.0], [12.5, 12.9, 13.9])
+    assert three == [(("a", "b"), True), (("a", "c"), True), (("b", "c"), False)]
+    assert judged([10.0, 11.0, 12.0], [10.1, 11.5, 12.2]) == [(("a", "b"), False)]  # all of one sign, and yet
+    assert judged([10.0], [12.0]) == [(("a", "b"), None)]
+    first, second = [10.0, 11.0, 12.0], [12.0, 13.1, 14.0]
+    rows: Any = [Told("a", first), Told("b", second)]
+    (found,) = differences(rows, "chrf")
+    each = [2.0, 13.1 - 11.0, 2.0]
+    assert (found.mean, found.error) == (pytest.approx(mean(each)), pytest.approx(stdev(each) / 3**0.5))
+    assert found.text == "b - a +2.03 ± 0.03*"
 
 
 def test_the_shipped_study_is_that_of_the_paper():

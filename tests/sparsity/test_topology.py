@@ -246,28 +246,35 @@ def test_digest_sums_of_other_masks():
     assert torch.equal(topology.digest_sums(), sums[3])
 
 
-def test_checksums_see_one_or_two_elements_that_changed():
+def test_checksums_see_elements_that_changed():
     rows, cols = 257, 1029  # several chunks, and a last word that is not full
     mask = torch.rand(rows, cols, generator=torch.Generator().manual_seed(1)) < 0.3
     topology = Topology({"w": (rows, cols)}, {"w": Rows(0, rows, cols)}, {"w": mask})
-    flat, before = mask.view(-1), topology.checksums()
-    words = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(torch.int64)
-    assert before.tolist() == [int(((words + (words >> 32)) * (2 * torch.arange(len(words)) + 1)).sum())]
-    live, dead = (flat == value for value in (True, False))
-    places = [*torch.randint(flat.numel(), (200,), generator=torch.Generator().manual_seed(2)).tolist(), 0, 7, 8, flat.numel() - 1]
+    flat, before = mask.view(-1), int(topology.checksums())
     found = []
-    for place in places:
-        flat[place] ^= True
+
+    def changed(*places):
+        flat[list(places)] ^= True
         found.append(int(topology.checksums()))
-        flat[place] ^= True
-    pairs = list(zip(live.nonzero()[:300:7, 0].tolist(), dead.nonzero()[-300::7, 0].tolist(), strict=False))
-    for one, other in pairs:  # as many live weights as before
-        flat[one], flat[other] = False, True
-        found.append(int(topology.checksums()))
-        flat[one], flat[other] = True, False
-    assert len(set(found[: len(places)])) == len(set(places))
-    assert int(before) not in found
-    assert torch.equal(topology.checksums(), before)
+        flat[list(places)] ^= True
+
+    for place in (0, 7, 8, flat.numel() - 1, *torch.randint(flat.numel(), (200,), generator=torch.Generator().manual_seed(2)).tolist()):
+        changed(place)
+    live, dead = ((flat == value).nonzero()[:, 0].tolist() for value in (True, False))
+    for one, other in zip(live[:300:7], dead[::-7][:43], strict=False):  # as many live weights as before
+        changed(one, other)
+    for first in range(0, 400, 8):  # the same byte of words that lie alike
+        changed(first, first + 8 * 128)
+        changed(first, first + 8, first + 16, first + 24)
+    assert before not in found
+    assert int(topology.checksums()) == before
+    for ours, theirs in (((0, 24), (8, 16)), ((7, 31), (15, 23)), ((7,), (7 + 8 * 128,))):
+        sums = set()
+        for live in (ours, theirs):
+            few = torch.zeros(1, 2048, dtype=torch.bool)
+            few[0, list(live)] = True
+            sums.add(int(Topology({"w": (1, 2048)}, {"w": Rows(0, 1, 2048)}, {"w": few}).checksums()))
+        assert len(sums) == 2
     assert Topology({"w": (4, 3)}, {"w": Rows(4, 0, 3)}, {"w": mask[:0, :3]}).checksums().tolist() == [0]  # a rank without rows
 
 
