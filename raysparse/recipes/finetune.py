@@ -126,6 +126,17 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
         like = config.model.model_copy(update={"path": tokenizer_folder})
         hf_config = architecture(like, len(evaluate.load_tokenizer(tokenizer_folder)), config.context, kinds_for(config.task))
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
+    found = check_data(config, tokenizer, hf_config)
+    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer, hf_config)}
+    weights = f"from scratch, tokenizer {Path(tokenizer_folder).name}"
+    if config.model.path is not None:
+        weights = "of an earlier stage" if pending else evaluate.weights_digest(config.model.path)
+    content = {"examples": Path(found["examples"]).stem, "model": weights} | taught
+    return found | {"tokenizer": tokenizer_folder, "content": content}
+
+
+def check_data(config: FinetuneConfig, tokenizer: Any, hf_config: Any) -> dict[str, Any]:
+    """Read the task's examples as the model will, and lengths in steps of them; returns where they are kept, and how many were cut."""
     examples = evaluate.store_examples(config.task, config.cache_dir)
     splits = evaluate.load_examples(examples)
     reader = reader_of(config, tokenizer, hf_config)
@@ -133,14 +144,8 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     rows = reader.rows(splits["train"])
     reader.rows(splits["validation"])
     training.pace(config, config.training.sequences * config.context, -(-len(rows) // config.training.sequences))
-    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer, hf_config)}
-    weights = f"from scratch, tokenizer {Path(tokenizer_folder).name}"
-    if config.model.path is not None:
-        weights = "of an earlier stage" if pending else evaluate.weights_digest(config.model.path)
     return {
         "examples": str(examples),
-        "tokenizer": tokenizer_folder,
-        "content": {"examples": examples.stem, "model": weights} | taught,
         "num_pairs": len(rows),
         "num_truncated": rows.num_truncated,
         "num_truncated_targets": rows.num_truncated_targets,

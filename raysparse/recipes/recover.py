@@ -15,7 +15,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from raysparse.config import Config, ConfigError, merge
-from raysparse.recipes import finetune, pretrain, prune
+from raysparse.models.build import skeleton
+from raysparse.recipes import evaluate, finetune, pretrain, prune
 from raysparse.recipes.compare import Launch, MethodName, StageConfig
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.gradual import Level
@@ -120,15 +121,28 @@ class Stages:
         if self.pretrain is not None:
             pretrain.check(self.pretrain)
             return
-        model = finetune.model_skeleton(self.teacher)
+        _, folder = finetune.with_model(self.teacher)
+        self._check_later(finetune.model_skeleton(self.teacher), folder)
+
+    def _check_later(self, model: Any, tokenizer_folder: str) -> None:
+        """The stages behind the teacher, whose shapes and tokenizer these are."""
+        tokenizer = evaluate.load_tokenizer(tokenizer_folder)
         for pruned in self.pruned.values():
             prune.plan_of(pruned, model)
+        one = next(iter(self.pruned.values()))
+        if one.task is not None:
+            examples = evaluate.store_examples(one.task, one.cache_dir, ("train", "validation"))
+            prune.samples_of(one, {"examples": str(examples)}, tokenizer, model.config)
+        for tuned in {way: tuned for (_, _, way), tuned in self.tuned.items()}.values():  # levels and seeds read the same
+            finetune.check_data(tuned, tokenizer, model.config)
 
     def first(self) -> list[Job]:
         """The jobs up to the teacher."""
         if self.pretrain is None:
             return [finetune.open_run(self.teacher)]
         job = pretrain.open_run(self.pretrain)
+        size = len(evaluate.load_tokenizer(job.prepared["tokenizer"]))
+        self._check_later(skeleton(self.pretrain.model, size, self.pretrain.data.context), job.prepared["tokenizer"])
         return [job, finetune.open_run(self.teacher, job.prepared["tokenizer"])]
 
     def then(self) -> list[Job]:
