@@ -10,6 +10,7 @@ from raysparse.recipes.compare import CompareConfig, check, finetune_configs, pr
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.plan import plan
 from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.prune import PruneConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -87,6 +88,10 @@ def test_squarehead_recipes(recipe):
     config = load(FinetuneConfig, [ROOT / "configs" / "finetune" / f"{recipe}.yaml"])
     length, lr, sequences, warmup, decay, task, eps, beams = SQUAREHEAD[recipe]
     taught = config.distillation
+    assert config.optimizer.clip_norm == (1e9 if recipe.startswith("mpt") else 1.0)
+    pruned = load(PruneConfig, [ROOT / "configs" / "prune" / f"{recipe}.yaml"])
+    assert (pruned.task, pruned.context, pruned.calibration.samples) == (config.task, config.context, 512)
+    assert pruned.run.name == Path(config.model.path or "").name
     assert taught is not None
     assert (taught.task, taught.logit, taught.feature, taught.eps) == (task, 0.0, 1.0, eps)
     assert (config.training.length, config.training.sequences, config.optimizer.lr) == (length, sequences, lr)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 RATE = 16_000
 """Samples per second that Whisper hears."""
+_STREAMED = 0x7FFFF000
+"""Lengths from here on stand in files whose writer did not know how long they would be."""
 
 Samples = NDArray[np.float32]
 Clip = tuple[str, bytes]
@@ -55,6 +58,7 @@ def decode(clip: Clip, resample: bool) -> Samples:
     import soundfile
 
     where, data = clip
+    _check_whole(clip)
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -64,6 +68,7 @@ def decode(clip: Clip, resample: bool) -> Samples:
     mono = samples.mean(1)
     if not len(mono) or not np.isfinite(mono).all() or mono.min() == mono.max():
         got = "no samples" if not len(mono) else "silence" if np.isfinite(mono).all() else "samples that are not finite"
+        got = "channels that cancel out" if got == "silence" and np.ptp(samples) else got
         raise ConfigError(f"Expected sound at {where}. Got {got} ({len(mono)} samples at {rate} Hz). Remove the row.")
     if rate == RATE:
         return mono
@@ -72,6 +77,20 @@ def decode(clip: Clip, resample: bool) -> Samples:
     import soxr
 
     return soxr.resample(mono, rate, RATE).astype(np.float32)
+
+
+def _check_whole(clip: Clip) -> None:
+    """A `ConfigError` for a WAV file that ends before its header says; libsndfile reads what is there, and the text would be of more."""
+    where, data = clip
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return
+    at = 12
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, at)
+        at += 8
+        if kind == b"data" and 0 < size < _STREAMED and at + size > len(data):
+            raise ConfigError(f"Expected {size} bytes of sound at {where}. Got {len(data) - at}: the file is cut off. Copy it again.")
+        at += size + size % 2
 
 
 def check_packages(resample: bool) -> None:

@@ -1,12 +1,16 @@
 """Translation: a text to the same text in another language."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from raysparse.data import files
 from raysparse.tasks.base import Example
 from raysparse.tasks.metrics import MetricName
 from raysparse.tasks.tables import Layout, TableTask
+
+_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my")
 
 
 class Translation(TableTask):
@@ -22,7 +26,17 @@ class Translation(TableTask):
     prefix: str = ""
     """Said before every text; T5's is ``translate English to German: ``."""
     metrics: tuple[MetricName, ...] = ("bleu", "chrf")
-    """sacreBLEU, as SquareHead reports it, and chrF."""
+    """sacreBLEU, as SquareHead reports it, and chrF. Of languages that write without spaces bleu_zh or bleu_char instead."""
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        if self.target in _WITHOUT_SPACES and "bleu" in self.metrics:
+            better = "bleu_zh" if self.target == "zh" else "bleu_char"
+            raise ValueError(
+                f"Expected a BLEU that finds the words of {self.target}, which is written without spaces. Got bleu, which splits at them. "
+                f"Use task.metrics=[{', '.join(better if name == 'bleu' else name for name in self.metrics)}]"
+            )
+        return self
 
     @property
     def layouts(self) -> Sequence[Layout]:

@@ -51,8 +51,10 @@ def test_another_rate_is_refused_or_resampled():
         (b"", r"a recording that libsndfile reads"),
         (wav([]), r"Expected sound at row 3\. Got no samples \(0 samples at 16000 Hz\)"),
         (wav(np.zeros(100)), r"Expected sound at row 3\. Got silence \(100 samples at 16000 Hz\)"),
+        (wav(np.array([1.0, -1.0] * 50), channels=2), r"Expected sound at row 3\. Got channels that cancel out \(50 samples"),
+        (wav(tone())[:1000], r"Expected 16000 bytes of sound at row 3\. Got 956: the file is cut off\. Copy it again"),
     ],
-    ids=["text", "nothing", "empty", "silence"],
+    ids=["text", "nothing", "empty", "silence", "antiphase", "cut"],
 )
 def test_what_is_no_sound_is_refused(data, text):
     with pytest.raises(ConfigError, match=text):

@@ -10,8 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from raysparse.config import ConfigError
 from raysparse.tasks.metrics import LOWER_IS_BETTER, METRICS, Additive, TextMetric, missing, score, score_parts, scripts
 from raysparse.tasks.metrics.words import edits, lcs
+from raysparse.tasks.translation import Translation
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 OPEN_ENDED = {"e2e_nist", "e2e_cider"}
@@ -42,6 +44,14 @@ def test_a_perfect_answer_is_the_best_and_none_the_worst():
         assert worst[name] == pytest.approx(100.0 if name in LOWER_IS_BETTER else 0.0), name
     for name in OPEN_ENDED & set(names):
         assert best[name] > worst[name] == 0
+
+
+def test_bleu_of_languages_without_spaces():
+    assert one("bleu", ["我喜欢大猫"], [["我喜欢大的猫"]]) == 0.0
+    assert one("bleu_zh", ["我喜欢大猫"], [["我喜欢大的猫"]]) > 40
+    assert one("bleu_char", ["わたしは猫が好き"], [["わたしは猫が大好き"]]) > 40
+    with pytest.raises(ConfigError, match=r"written without spaces.*Use task\.metrics=\[bleu_zh, chrf\]"):
+        Translation.check({"data": {"type": "files", "train": "a"}, "source": "en", "target": "zh"})
 
 
 SLOW = {"e2e_meteor", "webnlg_meteor"}

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from raysparse.tasks.metrics.base import Additive, Metric, References
-from raysparse.tasks.metrics.ngrams import Bleu, Chrf, E2EBleu, Nist, Ter, WebNLGBleu
+from raysparse.tasks.metrics.ngrams import Bleu, CharacterBleu, ChineseBleu, Chrf, E2EBleu, Nist, Ter, WebNLGBleu
 from raysparse.tasks.metrics.scripts import E2ECider, E2EMeteor, E2ERougeL, WebNLGMeteor, WebNLGTer
 from raysparse.tasks.metrics.words import GSM8K, Accuracy, ErrorRate, ExactMatch, RougeL, basic, characters, english
 
 TextMetric = Literal[
-    "bleu", "chrf", "ter", "rouge_l", "exact_match", "accuracy", "gsm8k",
+    "bleu", "bleu_zh", "bleu_char", "chrf", "ter", "rouge_l", "exact_match", "accuracy", "gsm8k",
     "wer", "cer", "wer_basic", "cer_basic", "wer_english", "cer_english",
     "e2e_bleu", "e2e_nist", "e2e_meteor", "e2e_rouge_l", "e2e_cider", "webnlg_bleu", "webnlg_meteor", "webnlg_ter",
 ]  # fmt: skip
@@ -20,6 +20,8 @@ MetricName = Literal[TextMetric, "perplexity"]
 
 METRICS: dict[TextMetric, Metric] = {
     "bleu": Bleu(),
+    "bleu_zh": ChineseBleu(),
+    "bleu_char": CharacterBleu(),
     "chrf": Chrf(),
     "ter": Ter(),
     "rouge_l": RougeL(),

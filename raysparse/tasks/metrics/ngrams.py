@@ -37,11 +37,24 @@ class Bleu(_Sacrebleu):
     """Corpus BLEU (Papineni et al. 2002) as sacrebleu has it: ``case:mixed|eff:no|tok:13a|smooth:exp``."""
 
     settings: dict[str, Any] = {"smooth_method": "exp"}  # noqa: RUF012
+    tokenize = "13a"
 
     def scorer(self) -> Any:
         from sacrebleu.metrics.bleu import BLEU
 
-        return BLEU(tokenize="13a", force=True, **self.settings)
+        return BLEU(tokenize=self.tokenize, force=True, **self.settings)
+
+
+class ChineseBleu(Bleu):
+    """With sacrebleu's ``tok:zh``: every Chinese character is a word."""
+
+    tokenize = "zh"
+
+
+class CharacterBleu(Bleu):
+    """With sacrebleu's ``tok:char``: for Japanese, Thai and others that write without spaces."""
+
+    tokenize = "char"
 
 
 class E2EBleu(Bleu):
