@@ -59,6 +59,9 @@ class ManagerProxy:
     def history(self) -> list[dict[str, Any]]:
         return self._answer(self._actor.history.remote())
 
+    def text(self, stop: int) -> str:
+        return self._answer(self._actor.text.remote(stop))
+
     def _answer(self, reference: Any) -> Any:
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError

@@ -7,11 +7,29 @@ died, is as if it had not been written. Of two writers the one that began last o
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from raysparse.config import ConfigError
+
+
+class Records(Sequence[dict[str, Any]]):
+    """Records by their lines, read when they are asked for: as objects thousands of them would take five times the memory."""
+
+    def __init__(self, lines: Sequence[bytes] = ()):
+        self.lines = list(lines)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self.lines[index]
+        return json.loads(found) if isinstance(found, bytes) else list(map(json.loads, found))
+
+    def __len__(self) -> int:
+        return len(self.lines)
 
 
 class Journal:
@@ -28,7 +46,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.header: dict[str, Any] = {}
-        self.records: list[dict[str, Any]] = []
+        self.records = Records()
         self._end = 0
         if path.exists():
             self._recover(path.read_bytes())
@@ -39,12 +57,13 @@ class Journal:
         with self.path.open("rb") as stream:
             return stream.read(len(self._mark)) == self._mark
 
-    def replace(self, header: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    def replace(self, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         """Another file in the place of this one, all or nothing."""
+        lines = list(map(_line, records))
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             with partial.open("wb") as stream:
-                stream.writelines(map(_line, [header, *records]))
+                stream.writelines([_line(header), *lines])
                 end = stream.tell()
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -52,7 +71,7 @@ class Journal:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        self.header, self.records, self._end = dict(header), list(records), end
+        self.header, self.records, self._end = dict(header), Records(lines), end
 
     def append(self, record: dict[str, Any]) -> bool:
         """One more record; it is on the disk when this returns. After an error (a full disk) it is as if it had not been tried.
@@ -70,7 +89,7 @@ class Journal:
             stream.flush()
             os.fsync(stream.fileno())
         self._end += len(line)
-        self.records.append(record)
+        self.records.lines.append(line)
         return True
 
     @property
@@ -80,6 +99,7 @@ class Journal:
 
     def _recover(self, content: bytes) -> None:
         *lines, _torn = content.split(b"\n")
+        header, versions = {}, []
         for i, line in enumerate(lines):
             try:
                 record = json.loads(line)
@@ -87,12 +107,14 @@ class Journal:
                 raise self._unreadable(f"line {i + 1} is no JSON ({error})") from None
             if not isinstance(record, dict):
                 raise self._unreadable(f"line {i + 1} is no object")
-            self.records.append(record)
+            if i == 0:
+                header = record
+            else:
+                versions.append(record.get("version"))
+                self.records.lines.append(line + b"\n")
             self._end += len(line) + 1
-        header = self.records.pop(0) if self.records else {}
         if not {"attempt", "nonce"} <= header.keys():
             raise self._unreadable("its first line has no attempt and nonce")
-        versions = [record.get("version") for record in self.records]
         if versions != list(range(len(versions))):
             raise self._unreadable(f"its versions are not 0 to {len(versions) - 1} in order")
         self.header = header

@@ -175,7 +175,7 @@ class Keeper:
             return ""
         agenda = self.agenda.model_dump(mode="json")
         header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
-        return "".join(json.dumps(line) + "\n" for line in (header, *self.history()[: self.agenda.version(step) + 1]))
+        return json.dumps(header) + "\n" + self._manager.text(self.agenda.version(step) + 1)
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""

@@ -96,6 +96,8 @@ class Manager(Protocol):
 
     def history(self) -> list[dict[str, Any]]: ...
 
+    def text(self, stop: int) -> str: ...
+
 
 class Run(Protocol):
     """One rank's view of a run; `raysparse.runtime` has the one over Ray Train."""

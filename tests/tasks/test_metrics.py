@@ -51,7 +51,7 @@ def test_bleu_of_languages_without_spaces():
     assert one("bleu_zh", ["我喜欢大猫"], [["我喜欢大的猫"]]) > 40
     assert one("bleu_char", ["わたしは猫が好き"], [["わたしは猫が大好き"]]) > 40
     with pytest.raises(ConfigError, match=r"written without spaces.*Use task\.metrics=\[bleu_zh, chrf\]"):
-        Translation.check({"data": {"type": "files", "train": "a"}, "source": "en", "target": "zh"})
+        Translation.check({"data": {"type": "folder", "path": "a"}, "source": "en", "target": "zh"})
 
 
 SLOW = {"e2e_meteor", "webnlg_meteor"}
