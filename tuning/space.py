@@ -235,8 +235,8 @@ class Search:
         config, where = self.model_config(point.model), self._name(point.task)
         path = self.first_level()[0][1].model.path if config is None else str(config.run.path)
         given = {"sparsity": {"masks": "lift"}} if config is None else self.level.gives
-        is_scratch = merge(self.contents[where], self.stages[where].set).get("model", {}).get("preset")
-        no_preset = {"model": {"preset": None}, "tokenizer": None} if is_scratch else {}  # files of a dense model that is trained from scratch
+        is_scratch = merge(self.contents[where], self.stages[where].set).get("model", {}).get("preset")  # files of the dense model itself
+        no_preset = {"model": {"preset": None}, "tokenizer": None} if is_scratch else {}
         return dict(point.params), merge(merge(no_preset, {"model": {"path": path}}), given)
 
     def _run(self, name: str, seed: int | None) -> dict[str, Any]:
