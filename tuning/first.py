@@ -71,8 +71,3 @@ LEVELS = (PRETRAINED, PRUNED)
 def level_of(config: SearchConfig) -> Level | None:
     """None: the tasks' model.path says what they start from."""
     return next((level for level in LEVELS if level.stage(config) is not None), None)
-
-
-def as_it_is(settings: Mapping[str, Any]) -> bool:
-    """Whether a point of prune.space prunes nothing; whatever else it sets then makes no difference."""
-    return settings.get("sparsity.target") == 0 and "sparsity.layers" not in settings

@@ -23,7 +23,7 @@ from raysparse.tasks.metrics import LOWER_IS_BETTER
 from raysparse.train.run import RunConfig
 from tuning.config import PBT, Random, SearchConfig, StageConfig
 from tuning.domain import Space, combinations, draw, representatives
-from tuning.first import LEVELS, PRUNED, UNPRUNED, as_it_is, level_of
+from tuning.first import LEVELS, PRUNED, UNPRUNED, level_of
 from tuning.keys import flat, nested, override, short, words
 from tuning.together import check_parts, check_pruned, check_together
 
@@ -225,8 +225,12 @@ class Search:
         assert self.level is not None
         found = combinations(self.stages[self.level.verb].space, f"{self.level.verb}.space")
         if self.level is PRUNED:
-            found = (UNPRUNED if as_it_is(settings) else settings for settings in found)
+            found = (UNPRUNED if self._prunes_nothing(settings) else settings for settings in found)
         return list({json.dumps(settings, sort_keys=True): dict(settings) for settings in found}.values())
+
+    def _prunes_nothing(self, settings: Mapping[str, Any]) -> bool:
+        """Whatever else such a point sets then makes no difference."""
+        return settings.get("sparsity.target") == 0 and not self._values(PRUNED.verb, settings, {}, {})["sparsity"].get("layers")
 
     def _parts(self, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings of a point's own stage, and the part of its config that the first level gives it."""

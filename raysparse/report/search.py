@@ -277,7 +277,8 @@ def _parent(folder: Path) -> Parent:
     """Of a finished run."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if summary["verb"] == "prune":
-        return Parent(summary["sparsity"]["target"], 0.0, summary["seconds"], skips=False)
+        sparsity = summary["sparsity"]["target"] or summary["sparsity"]["actual"]  # 0: some layers have levels of their own
+        return Parent(sparsity, 0.0, summary["seconds"], skips=False)
     run = read_run(folder)
     return Parent(run.sparsity, run.counted, run.seconds, run.summary["flops"]["executed"] < run.summary["flops"]["dense"])
 

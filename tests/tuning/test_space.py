@@ -185,6 +185,11 @@ def test_pruned_models_set_cells_apart(pruned_values):
     assert [found.parent(Point("pairs", model, {}, 0)) for model in found.models("pairs")] == [None, *(config.run.path for config in made)]
 
 
+def test_layers_of_their_own_are_pruned_at_target_0(pruned_values):
+    found = search(pruned_values(prune={"set": {"sparsity": {"layers": {"*attn*": 0.5}}}}))
+    assert [config.sparsity.target for _, config in found.first_level()] == [0, 0, 0.5, 0.5]
+
+
 def test_commands_of_pruned_models_make_the_trials(pruned_values):
     found = search(pruned_values())
     for point in found.points():
