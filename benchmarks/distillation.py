@@ -63,7 +63,7 @@ class Pairs:
 def student(folder: Path, size: Size, answer: float, sparsity: float, loss: Mapping[str, Any] | None) -> Training:
     """A student with this loss and, if it takes one, a dense teacher."""
     pairs = Pairs(size, answer)
-    taught = {} if loss is None else {"distillation": DistillationConfig.check({"teacher": "it"} | dict(loss))}
+    taught: dict[str, Any] = {} if loss is None else {"distillation": DistillationConfig.check({"teacher": "it"} | dict(loss))}
     if taught:
         taught["teacher"] = build(size.model, 1, size.vocabulary, size.tokens)
     place = folder / str(dist.get_rank())
