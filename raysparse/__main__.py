@@ -304,16 +304,12 @@ def _generate(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 
 def _stages(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from raysparse.recipes import compare, gradual, recover
+    from raysparse.recipes import GROUPS
 
-    check, run = {
-        "compare": (compare.dry_run, compare.compare),
-        "gradual": (gradual.dry_run, gradual.gradual),
-        "recover": (recover.dry_run, recover.recover),
-    }[args.verb]
+    module = GROUPS[args.verb]
     if args.dry_run:
-        return check(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
-    return run(config, lambda jobs: carry_out(jobs, config.run, args.local))
+        return module.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    return getattr(module, args.verb)(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
 def _tune(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,10 @@ from raysparse.report import bytes_text
 MODULES: dict[str, Any] = {"pretrain": pretrain, "prune": prune, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
 """Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
 
+GROUPS: dict[str, Any] = {"compare": compare, "gradual": gradual, "recover": recover}
+"""Verb of several stages -> module with ``stages(config) -> stage -> config``, ``check(config)`` of what needs no files,
+``dry_run(config) -> facts`` and a function of the verb's name, ``(config, launch) -> (facts, text)``."""
+
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": pretrain.PretrainConfig,
     "prune": prune.PruneConfig,

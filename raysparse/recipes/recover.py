@@ -102,6 +102,12 @@ class Stages:
         for stage in (self.teacher, *self.tuned.values()):
             check_sizes(stage)
 
+    @property
+    def all(self) -> dict[str, PretrainConfig | FinetuneConfig | PruneConfig]:
+        """Stage -> config, in order."""
+        first = (self.teacher,) if self.pretrain is None else (self.pretrain, self.teacher)
+        return {stage.run.name: stage for stage in (*first, *self.pruned.values(), *self.tuned.values())}
+
     def check(self) -> None:
         """What can be known of the later stages before there is a teacher: it is found before hours are spent on one."""
         if self.pretrain is not None:
@@ -129,26 +135,35 @@ class Stages:
 
 def recover(config: RecoverConfig, launch: Launch) -> tuple[dict[str, Any], str]:
     """Run every stage that is not finished, then compare; returns the facts and the table."""
-    stages = Stages(config)
-    stages.check()
-    teacher = launch(stages.first())[-1]
-    summaries = launch(stages.then())
+    whole = Stages(config)
+    whole.check()
+    teacher = launch(whole.first())[-1]
+    summaries = launch(whole.then())
     by_name = {summary["name"]: summary for summary in summaries}
     rows = [
-        Row(way, level, [by_name[stages.tuned[level, seed, way].run.name] for seed in config.seeds])
+        Row(way, level, [by_name[whole.tuned[level, seed, way].run.name] for seed in config.seeds])
         for level in config.levels
         for way in config.ways
     ]
-    pruned = {level: [by_name[stages.pruned[level, seed].run.name] for seed in config.seeds] for level in config.levels}
+    pruned = {level: [by_name[whole.pruned[level, seed].run.name] for seed in config.seeds] for level in config.levels}
     return _report(config, teacher, pruned, rows)
+
+
+def check(config: RecoverConfig) -> None:
+    """What can be told from the configs alone."""
+    Stages(config)
+
+
+def stages(config: RecoverConfig) -> dict[str, PretrainConfig | FinetuneConfig | PruneConfig]:
+    """Stage -> config, all of them."""
+    return Stages(config).all
 
 
 def dry_run(config: RecoverConfig) -> dict[str, Any]:
     """Check the configs of all stages, and what is known of the models."""
-    stages = Stages(config)
-    stages.check()
-    each = {"teacher": stages.teacher} | {stage.run.name: stage for stage in (*stages.pruned.values(), *stages.tuned.values())}
-    return {name: stage.model_dump(mode="json") for name, stage in each.items()}
+    whole = Stages(config)
+    whole.check()
+    return {name: stage.model_dump(mode="json") for name, stage in whole.all.items()}
 
 
 class Row:

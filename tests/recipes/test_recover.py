@@ -62,8 +62,9 @@ def test_every_way_starts_from_the_same_pruned_model_and_ends_in_one_table(value
         (level, way) for level in (0.5, 0.75) for way in ("cross_entropy", "kl", "squarehead")
     ]
     for row in facts["rows"]:
-        summaries = [json.loads((folder / f"{row['way']}-{row['level']}-{seed}" / "summary.json").read_text()) for seed in (3, 4)]
-        assert [summary["seed"] for summary in summaries] == [3, 4]
+        runs = [folder / f"{row['way']}-{row['level']}-{seed}" for seed in (3, 4)]
+        summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+        assert [read_yaml(run / "config.yaml")["run"]["seed"] for run in runs] == [3, 4]
         assert {summary["flops"]["teacher"] > 0 for summary in summaries} == {row["way"] != "cross_entropy"}
         losses = [summary["loss"]["validation"] for summary in summaries]
         assert row["measures"]["validation loss"] == {"mean": mean(losses), "deviation": stdev(losses), "values": losses}
