@@ -23,8 +23,8 @@ _TRAINED = "Both are end to end, that is with the pre-training."
 _WHOLE = {
     "": _TRAINED,
     "pretrain": _TRAINED,
-    "prune": "Seconds are with the pruning, of which no FLOPs are counted, and with a teacher's, which are counted apart. What trained the "
-    "model that was pruned is in neither: it is the same for all.",
+    "prune": "Seconds are with pruning and a teacher's passes, FLOPs without. What trained the model that was pruned is in neither: it is "
+    "the same for all.",
 }
 """By what made the models: what FLOPs and seconds are of."""
 
