@@ -64,6 +64,7 @@ bench: $(VENV)/installed-dev ## the benchmarks of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.masks --out benchmarks/results
 	$(BIN)/python -m benchmarks.topology --out benchmarks/results
 	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results
+	$(BIN)/python -m benchmarks.distillation --out benchmarks/results
 	$(BIN)/python -m benchmarks.startup --runs 5 --out benchmarks/results
 	$(BIN)/python -m benchmarks.cpu_kernels --out benchmarks/results
 	$(BIN)/python -m benchmarks.cpu_step --out benchmarks/results

@@ -76,16 +76,26 @@ class Feed:
 
 
 def assemble(
-    folder: Path, size: Size, sparsity: float, sharding: ShardingConfig | None = None, optimizer: OptimizerConfig = OPTIMIZER
+    folder: Path,
+    size: Size,
+    sparsity: float,
+    sharding: ShardingConfig | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    micro_batches: int = 1,
+    **more: Any,
 ) -> Training:
-    """raysparse as a recipe assembles it, one sequence of `size.tokens` a step and rank."""
+    """raysparse as a recipe assembles it, `micro_batches` sequences of `size.tokens` a step and rank.
+
+    Args:
+        more: `training.Ingredients` in the place of those of a pre-training.
+    """
     ranks = dist.get_world_size()
     config = training.TrainingRunConfig(
         model=size.model,
         optimizer=optimizer,
         run=RunConfig(workers=ranks),
         sharding=sharding or ShardingConfig(),
-        training=training.TrainingConfig(sequences=ranks, micro=1),
+        training=training.TrainingConfig(sequences=ranks * micro_batches, micro=1),
         checkpoint=training.CheckpointConfig(asynchronous=False),
         logging=training.LoggingConfig(tensorboard=False),
         kernels="dense",  # what masks cost where no zero is skipped; benchmarks.cpu_step has the kernels
@@ -100,20 +110,20 @@ def assemble(
 
     folder.mkdir(parents=True, exist_ok=True)
     job = Job("pretrain", config.model_dump(mode="json"), {}, str(folder), "")
-    parts = training.Ingredients(
-        model=model,
-        sparse=shapes,
-        target=sparsity,
-        agenda=agenda,
-        topology=topology if sparse.wants_masks else None,
-        feed=Feed(size),
-        validation=Feed(size),
-        num_validation=1,
-        tokens_per_sequence=size.tokens,
-        steps_per_epoch=None,
-        convention="spdf",
-    )
-    t, _ = training.assemble(job, config, LocalRun(Console(sys.stderr)), parts)
+    parts: dict[str, Any] = {
+        "model": model,
+        "sparse": shapes,
+        "target": sparsity,
+        "agenda": agenda,
+        "topology": topology if sparse.wants_masks else None,
+        "feed": Feed(size),
+        "validation": Feed(size),
+        "num_validation": 1,
+        "tokens_per_sequence": size.tokens,
+        "steps_per_epoch": None,
+        "convention": "spdf",
+    }
+    t, _ = training.assemble(job, config, LocalRun(Console(sys.stderr)), training.Ingredients(**parts | more))
     t.meter.close()  # single steps log nothing
     return t
 

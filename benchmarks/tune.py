@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         search = Search(config(place, "search"))
-        model = search.pretrain_config(search.first_level()[0])
+        model = search.first_level()[0][1]
         (place / "model.yaml").write_text(model.to_yaml())
         run("raysparse", "pretrain", str(place / "model.yaml"), "--local")
         rows = []

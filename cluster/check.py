@@ -17,7 +17,8 @@ from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.train.run import RunConfig
 from tuning import search
 from tuning.config import SearchConfig
-from tuning.space import MODELS, Search
+from tuning.first import LEVELS
+from tuning.space import Search
 
 KINDS: dict[str, type[Config]] = CONFIGS | {"tune": SearchConfig}
 """Verb -> its config."""
@@ -39,7 +40,7 @@ def stages(config: Any) -> dict[str, Any]:
     """Prefix of keys -> config, of all that one submission runs: itself, stages of a group, a search's models and a trial a task."""
     if isinstance(config, SearchConfig):
         whole = Search(config)
-        models = map(whole.pretrain_config, whole.first_level())
+        models = [model for _, model in whole.first_level()]
         trials = {f"{task or 'pretrain'}: ": whole.trial_config(whole.some_point(task)) for task in whole.space}
         return {f"{model.run.name}: ": model for model in models} | trials
     group = _group(config)
@@ -72,7 +73,7 @@ def check_paths(config: Any, parcel: Parcel) -> list[str]:
     """Raise a `ConfigError` if a relative path of the config names a file that is not shipped; returns those that only the cluster has."""
     found = {(f"{prefix}{key}", word): None for prefix, one in stages(config).items() for key, word in paths_of(one)}
     if isinstance(config, SearchConfig):
-        own = {"pretrain": config.pretrain} | {f"tasks.{name}": stage for name, stage in config.tasks.items()}
+        own = {level.verb: level.stage(config) for level in LEVELS} | {f"tasks.{name}": stage for name, stage in config.tasks.items()}
     else:
         own = {name: stage for name, stage in dict(config).items() if isinstance(stage, StageConfig)}
     found |= {(f"{key}.files", word): None for key, stage in own.items() if stage is not None for word in stage.files}
@@ -91,7 +92,7 @@ def check_paths(config: Any, parcel: Parcel) -> list[str]:
 def _made_on_the_way(config: Any) -> list[Path]:
     """Folders of what an earlier stage will write."""
     if isinstance(config, SearchConfig):
-        return [config.path.parent / MODELS]
+        return [config.path.parent / level.folder for level in LEVELS]
     return [] if _group(config) is None else [config.run.path]
 
 

@@ -62,10 +62,11 @@ HELP = {
                  "one. Live weights alone are read (weights=packed), as float32, bfloat16 or int8, and with them the time of a token. "
                  "Prints the text, tokens/s, the time of the prompt, and the bytes of weights that a token reads."),
     "tune": ("search sparsity and fine-tuning settings for a task, on Ray Tune", "Pre-trains once for every combination of pretrain.space, "
-             "fine-tunes each as algorithm and scheduler choose, and ends with report.html: the table sparsity x task, the Pareto front of "
-             "score against FLOPs, and how sparse the model may be. --resume goes on with a search that was interrupted; the models of the "
-             "first level are shared by all searches of one run.folder. PATH.KEY: {choice: [...]}, {loguniform: [a, b]}, {uniform: [a, b]} "
-             "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
+             "or prunes one model for every combination of prune.space, fine-tunes each as algorithm and scheduler choose, and ends with "
+             "report.html: the table sparsity x task, the Pareto front of score against FLOPs, and how sparse the model may be. --resume "
+             "goes on with a search that was interrupted; the models of the first level are shared by all searches of one run.folder. "
+             "PATH.KEY: {choice: [...]}, {loguniform: [a, b]}, {uniform: [a, b]} or {randint: [a, b]} in a space; PATH.KEY is any key of "
+             "`raysparse pretrain --keys`, `prune --keys` or `finetune --keys`."),
     "gradual": ("prune a trained model in stages, each fine-tuned with its mask kept", "Levels are SquareHead's eight, 50 to 90 %, unless "
                 "told otherwise. All stages run in one worker group; the same command goes on. Ends with a table of losses and scores."),
     "recover": ("prune a dense model of a task to several levels, fine-tune each in several ways, compare", "The teacher is "

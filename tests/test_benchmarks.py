@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import answers, cpu_kernels, decode, manager, masks, passes, startup, step, topology, updates
+from benchmarks import answers, cpu_kernels, decode, distillation, manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
 from raysparse.data.tokenizer import TrainTokenizer, train
@@ -74,6 +74,27 @@ def test_masks_as_a_command(tmp_path):
     assert masks.main(["--ranks", "2", "--layers", "1", "--width", "64", "--out", str(tmp_path)]) == 0
     (one,) = json.loads(next(tmp_path.glob("masks_*.json")).read_text())["results"]
     assert one["ranks"] == 2
+
+
+def test_distillation_times_every_loss_of_one_student(tmp_path):
+    size = step.Size(layers=1, width=64, vocabulary=50, tokens=8)
+    one = spawn(distillation.times, 1, tmp_path, size, 0.5, 0.75, 2)[0]
+    assert {name: len(seconds) for name, seconds in one["cpu_s"].items()} == dict.fromkeys(distillation.LOSSES, 2)
+    assert {name: len(seconds) for name, seconds in one["wall_s"].items()} == dict.fromkeys(distillation.LOSSES, 2)
+    one |= {"student": "75 %", "ranks": 1, "peak_bytes": dict.fromkeys(distillation.LOSSES, 5_000_000) | {"KL": 7_000_000}}
+    text = distillation.report([one])
+    assert "| 75 %, 1 rank: no teacher |" in text
+    assert "| +2 | 1.40 |" in text
+
+
+@pytest.mark.slow
+def test_distillation_as_a_command(tmp_path):
+    size = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--tokens", "8"]
+    distillation.main(["--ranks", "2", *size, "--rounds", "2", "--out", str(tmp_path)])
+    (result,) = tmp_path.glob("distillation_*.json")
+    results = json.loads(result.read_text())["results"]
+    assert [(one["ranks"], one["student"]) for one in results] == [(2, "dense"), (2, "75 %")]
+    assert all(bytes_ > 0 for one in results for bytes_ in one["peak_bytes"].values())
 
 
 def tiny_layer() -> updates.Layer:

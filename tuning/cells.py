@@ -153,7 +153,7 @@ class CellScheduler(FIFOScheduler):
     def _left(self, point: Point) -> Iterator[tuple[str, list[dict[str, float]]]]:
         """Of each trial of the cell that has ended: its folder, and what it reported."""
         for trial in read_search(self._path).trials:
-            if (trial.task, canonical(trial.pretrain)) != (point.task, canonical(point.pretrain)) or trial.status == "failed":
+            if (trial.task, canonical(trial.model)) != (point.task, canonical(point.model)) or trial.status == "failed":
                 continue
             lines = map(json.loads, (self._path / trial.folder / "metrics.jsonl").read_text().splitlines())
             key = "validation_loss" if self._metrics[point.task] == LOSS else "validation_score"

@@ -1,18 +1,22 @@
 """Everything that can be known to be wrong with a search before its first trial."""
 
 import shutil
+from pathlib import Path
 
 from raysparse.config import ConfigError, read_yaml
 from raysparse.models.build import skeleton
-from raysparse.recipes import finetune, pretrain
+from raysparse.recipes import finetune, pretrain, prune
+from raysparse.recipes.export import MASKS
 from raysparse.recipes.finetune import FinetuneConfig
-from raysparse.recipes.job import different_keys
+from raysparse.recipes.job import GOES_ON, different_keys
 from raysparse.recipes.lease import is_of_driver
 from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.prune import PruneConfig
 from raysparse.report import bytes_text
 from raysparse.runtime.launch import per_worker
 from raysparse.runtime.nodes import grows
 from tuning.config import NSGA2, Optuna, SearchConfig
+from tuning.first import UNPRUNED
 from tuning.space import Search
 
 CONFIG = "search.yaml"
@@ -44,9 +48,11 @@ def check(search: Search) -> None:
     for point in () if isinstance(config.algorithm, Optuna | NSGA2) else search.points():
         search.trial_config(point)
     tokenizer: str | None = None
-    for model in map(search.pretrain_config, search.first_level()):
-        done = (model.run.path / "summary.json").exists()
-        tokenizer = pretrain.open_run(model).prepared["tokenizer"] if done else pretrain.check(model).tokenizer  # done: of the same data?
+    for _, model in search.first_level():
+        assert search.level is not None
+        tokenizer = search.level.check(model)
+        if isinstance(model, PruneConfig):
+            _check_baseline(search, prune.model_of(model))
     for task in search.space:
         some = search.trial_config(search.some_point(task))
         if isinstance(some, FinetuneConfig):
@@ -63,26 +69,38 @@ def check(search: Search) -> None:
             ) from None
 
 
+def _check_baseline(search: Search, folder: str) -> None:
+    """A model that is to be compared with as dense must be dense."""
+    if UNPRUNED in search.models(next(iter(search.space))) and (Path(folder) / MASKS).exists():
+        raise ConfigError(
+            f"Expected a dense model at {folder} for sparsity.target 0 of prune.space, the dense baseline. Got one with {MASKS}. "
+            "Leave 0 out, or name the dense model."
+        )
+
+
 def check_disk(search: Search, at_once: int) -> None:
     """Room for the checkpoints and models that are there at once, estimated from the number of parameters."""
     config, cells = search.config, len(search.cells())
-    models = [search.pretrain_config(settings) for settings in search.first_level()]
+    models = [model for _, model in search.first_level()]
     some = search.trial_config(search.some_point(next(iter(search.space))))
     parameters = _parameters(models[0] if models else some)
     kept, running = 4, 12 * (some.checkpoint.keep + 1) + 4  # bytes: the export; checkpoints with moments, one more being written
-    need = parameters * (kept * cells * config.keep + running * (len(models) + at_once))
+    made = running if search.level is None or search.level.verb in GOES_ON else kept  # pruning keeps no checkpoints
+    need = parameters * (kept * cells * config.keep + made * len(models) + running * at_once)
     place = next(path for path in (config.path, *config.path.parents) if path.exists())
     if (free := shutil.disk_usage(place).free) < need:
         raise ConfigError(
-            f"Expected about {bytes_text(need)} of disk at {place}: {len(models)} models and {at_once} trials at a time of "
-            f"{parameters:,} parameters ({running} bytes each), {cells} cells that keep {config.keep} trials ({kept} bytes a parameter). "
+            f"Expected about {bytes_text(need)} of disk at {place}: {len(models)} models ({made} bytes a parameter) and {at_once} trials "
+            f"at a time ({running}) of {parameters:,} parameters, {cells} cells that keep {config.keep} trials ({kept}). "
             f"Got {bytes_text(free)} free. Choose another run.folder, or lower keep, checkpoint.keep or max_concurrent."
         )
 
 
-def _parameters(config: PretrainConfig | FinetuneConfig) -> int:
+def _parameters(config: PretrainConfig | PruneConfig | FinetuneConfig) -> int:
     if isinstance(config, PretrainConfig):
         model = skeleton(config.model, getattr(config.data.tokenizer, "vocab_size", None), config.data.context)
+    elif isinstance(config, PruneConfig):
+        model = prune.model_skeleton(config, prune.model_of(config))
     else:
         model = finetune.model_skeleton(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raysparse.config import Config
 from raysparse.train.run import RunConfig
@@ -48,7 +48,7 @@ class Random(Config):
 
     type: Literal["random"] = "random"
     num_samples: int = Field(16, ge=1)
-    """Points of each cell (a task and a pre-trained model)."""
+    """Points of each cell (a task and a model)."""
 
 
 class Optuna(Config):
@@ -56,11 +56,11 @@ class Optuna(Config):
 
     type: Literal["optuna"] = "optuna"
     num_samples: int = Field(16, ge=1)
-    """Points of each cell (a task and a pre-trained model)."""
+    """Points of each cell (a task and a model)."""
 
 
 class NSGA2(Config):
-    """Optuna's NSGA-II: score and counted FLOPs at once, over pre-trained models too: a Pareto front of each task."""
+    """Optuna's NSGA-II: score and counted FLOPs at once, over models too: a Pareto front of each task."""
 
     type: Literal["nsga2"] = "nsga2"
     num_samples: int = Field(32, ge=1)
@@ -99,7 +99,10 @@ class SearchConfig(Config):
     run: RunConfig = RunConfig(name="search")
     """Name and place of the whole; folder, seed, workers, threads, device, precision and parity hold for every run."""
     pretrain: StageConfig | None = None
-    """Every combination of its space is pre-trained once; null: the tasks' model.path says what to fine-tune."""
+    """Every combination of its space is pre-trained once; null, without prune: the tasks' model.path says what to fine-tune."""
+    prune: StageConfig | None = None
+    """Instead of pretrain: by every combination of its space one trained model (prune.set.model.path) is pruned once, and the tasks
+    fine-tune it with its masks kept. sparsity.target 0 is that model as it is."""
     tasks: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], StageConfig] = Field(default_factory=dict)
     """Name -> fine-tunings of it. None: pre-training itself is searched."""
     algorithm: Annotated[Grid | Random | Optuna | NSGA2, Field(discriminator="type")] = Grid()
@@ -117,6 +120,12 @@ class SearchConfig(Config):
     """Trials at a time; 0: as many as the cluster holds."""
     max_failures: int = Field(2, ge=0)
     """How often a trial that died is tried again, from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_first_level(self) -> Self:
+        if self.pretrain is not None and self.prune is not None:
+            raise ValueError("Expected pretrain or prune to make the models that tasks start from. Got both. Drop one, or set it to null")
+        return self
 
     @property
     def path(self) -> Path:

@@ -1,4 +1,4 @@
-"""`raysparse tune`: check, pre-train what is missing, search, run the best settings at the seeds they lack, report.
+"""`raysparse tune`: check, make the models that are missing, search, run the best settings at the seeds they lack, report.
 
 Each of the three levels is one experiment of Ray Tune below ``tune/`` in the search's folder. What a trial has done lies in its run folder,
 what became of it in ``trials.jsonl``; Ray Tune's own files are there to go on from (``--resume``).
@@ -66,7 +66,7 @@ def search(config: SearchConfig, resume: bool) -> tuple[dict[str, Any], str]:
         if config.is_nested:
             check_dashboard()
         write_atomically(config.path / CONFIG, config.to_yaml())
-        _pretrain(found)
+        _make_models(found)
         _level(found, "search")
         _confirm(found)
     finally:
@@ -90,7 +90,7 @@ def dry_run(config: SearchConfig) -> tuple[dict[str, Any], str]:
     config = settled(config)
     found = Search(config)
     check_folder(config, resume=True)
-    models = [found.pretrain_config(settings) for settings in found.first_level()]
+    models = [model for _, model in found.first_level()]
     done = [model.run.name for model in models if (model.run.path / "summary.json").exists()]
     facts: dict[str, Any] = {
         "models": [model.run.name for model in models],
@@ -99,7 +99,7 @@ def dry_run(config: SearchConfig) -> tuple[dict[str, Any], str]:
         "metric": {task or "pretrain": found.metric(task) for task in found.space},
     }
     lines = [
-        f"{len(models)} models to pre-train, {len(done)} of them done",
+        *([f"{len(models)} models to be {found.level.made}, {len(done)} of them done"] if found.level else []),
         f"{facts['trials']} trials, chosen by {', '.join(f'{metric} ({task})' for task, metric in facts['metric'].items())}",
     ]
     if not isinstance(config.algorithm, Optuna | NSGA2):
@@ -108,17 +108,17 @@ def dry_run(config: SearchConfig) -> tuple[dict[str, Any], str]:
     return facts, "\n".join([*lines, "Every config is sound. Nothing was started."])
 
 
-def _pretrain(search: Search) -> None:
+def _make_models(search: Search) -> None:
     """The first level: every model that tasks start from and that no search has made yet."""
-    missing = [model for model in search.first_level() if not (search.pretrain_config(model).run.path / "summary.json").exists()]
-    if not missing:
+    missing = [(settings, model) for settings, model in search.first_level() if not (model.run.path / "summary.json").exists()]
+    if search.level is None or not missing:
         return
-    _run(search, "pretrain", [{MODEL: settings} for settings in missing])
-    failed = [model for model in missing if not (search.pretrain_config(model).run.path / "summary.json").exists()]
+    _run(search, "models", [{MODEL: settings} for settings, _ in missing])
+    failed = [str(model.run.path) for _, model in missing if not (model.run.path / "summary.json").exists()]
     if failed:
         raise ConfigError(
-            f"Expected every model of the first level to be pre-trained. Got {len(failed)} that failed: "
-            f"{', '.join(str(search.pretrain_config(model).run.path) for model in failed)}. What went wrong is above; --resume tries again."
+            f"Expected every model of the first level to be {search.level.made}. Got {len(failed)} that failed: {', '.join(failed)}. "
+            "What went wrong is above; --resume tries again."
         )
 
 
@@ -148,7 +148,7 @@ def _missing(search: Search) -> Iterator[Point]:
         winner = min(cell.chosen, key=badness)
         lost = set() if (search.path / winner.folder / "export").exists() else {winner.seed}
         seeds = {*search.config.seeds} - {trial.seed for trial in cell.chosen} | lost
-        yield from (Point(cell.task, cell.pretrain, cell.best, seed) for seed in sorted(seeds))
+        yield from (Point(cell.task, cell.model, cell.best, seed) for seed in sorted(seeds))
 
 
 def _num_trials(search: Search) -> int:

@@ -1,32 +1,34 @@
 """What is searched: a YAML file whose keys are the dotted keys of the trainer, and the points that it spans.
 
-Two levels. `pretrain.space` spans pre-training runs; each is run once and shared by every trial and search that needs it. The space of
-a task spans fine-tunings of each of these. A trial is a run of `raysparse finetune` (of `raysparse pretrain` where there are no tasks),
-and a `Point` has the command that makes it again.
+Two levels. The space of `pretrain`, or of `prune`, spans models; each is made once and shared by every trial and search that needs it
+(`tuning/first.py`). The space of a task spans fine-tunings of each of these. A trial is a run of `raysparse finetune` (of `raysparse
+pretrain` where there are no tasks), and a `Point` has the command that makes it again.
 """
 
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raysparse.config import ConfigError, merge, parse_override, read_yaml
+from raysparse.config import ConfigError, merge, read_yaml
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import identity_of
 from raysparse.recipes.pretrain import PretrainConfig
-from raysparse.recipes.training import check_sizes
+from raysparse.recipes.prune import PruneConfig
+from raysparse.recipes.training import TrainingRunConfig, check_sizes
 from raysparse.tasks.metrics import LOWER_IS_BETTER
 from raysparse.train.run import RunConfig
-from tuning.config import NSGA2, PBT, Grid, NoScheduler, Optuna, Random, SearchConfig, StageConfig
-from tuning.domain import Space, combinations, draw, is_plain, representatives
+from tuning.config import PBT, Random, SearchConfig, StageConfig
+from tuning.domain import Space, combinations, draw, representatives
+from tuning.first import LEVELS, PRUNED, UNPRUNED, level_of
+from tuning.keys import flat, nested, override, short, words
+from tuning.together import check_parts, check_pruned, check_together
 
 LOSS = "validation_loss"
-MODELS = "pretrained"
-"""Beside the folder of a search: the models of first levels."""
-C = TypeVar("C", bound=PretrainConfig | FinetuneConfig)
+C = TypeVar("C", bound=PretrainConfig | PruneConfig | FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,19 @@ class Point:
 
     Attributes:
         task: its name; None: a pre-training.
-        pretrain: key -> value of the first level.
-        params: key -> value of the second.
+        model: key -> value that its cell's model has: of the first level, of the task's model.path where there is no such level.
+        params: key -> value that is searched within the cell.
     """
 
     task: str | None
-    pretrain: Mapping[str, Any]
+    model: Mapping[str, Any]
     params: Mapping[str, Any]
     seed: int
 
     @property
     def cell(self) -> str:
         """What is searched by itself: the task, and the model that it starts from."""
-        return json.dumps([self.task, self.pretrain], sort_keys=True)
+        return json.dumps([self.task, self.model], sort_keys=True)
 
     @property
     def digest(self) -> str:
@@ -55,8 +57,7 @@ class Point:
 
     def text(self) -> str:
         """For a line on the console."""
-        settings = [f"{key.removeprefix('sparsity.')}={_short(value)}" for key, value in {**self.pretrain, **self.params}.items()]
-        return " ".join([self.task or "pretrain", *settings, f"seed={self.seed}"])
+        return " ".join([self.task or "pretrain", *words({**self.model, **self.params}), f"seed={self.seed}"])
 
 
 class Search:
@@ -64,6 +65,8 @@ class Search:
 
     Attributes:
         config: what the user wrote.
+        level: what makes the models that tasks start from; None: they are there, or pre-training itself is searched.
+        stages: ``pretrain``, ``prune`` or ``tasks.NAME`` -> its part of the config.
         contents: stage -> what its files hold; with these another machine needs no files.
     """
 
@@ -72,18 +75,17 @@ class Search:
         ConfigError: a stage whose config is not valid at an end of a domain, an unknown key, or parts that do not go together.
         """
         self.config = config
-        self.contents = {name: _read(stage.files) for name, stage in _stages(config)} if contents is None else contents
-        if config.pretrain is None and not config.tasks:
-            raise ConfigError("Expected pretrain or tasks. Got neither. Example: tuning/spaces/docstrings.yaml")
-        for name, stage in _stages(config):
-            self._check_owned(name, stage)
-        for settings in self.first_level():
-            self.pretrain_config(settings)
+        self.level = level_of(config) if config.tasks else None
+        first = {level.verb: stage for level in LEVELS if (stage := level.stage(config)) is not None}
+        self.stages: dict[str, StageConfig] = first | {f"tasks.{name}": stage for name, stage in config.tasks.items()}
+        self.contents = {name: _read(stage.files) for name, stage in self.stages.items()} if contents is None else contents
+        check_parts(self)
+        check_pruned(self)
         for task, space in self.space.items():
             for settings in representatives(space):
                 for model in self.models(task):
                     self.trial_config(Point(task, model, settings, config.seeds[0]))
-        self._check_together()
+        check_together(self)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Search":
@@ -103,19 +105,24 @@ class Search:
     def space(self) -> dict[str | None, Space]:
         """Task -> what a trial of it searches within a cell; key None where pre-training itself is searched."""
         return {
-            task: {key: domain for key, domain in stage.space.items() if key != self._model_key(task)}
-            for task, stage in (self.config.tasks.items() if self.config.tasks else [(None, self._stage(None))])
+            task: {key: domain for key, domain in self._stage(task).space.items() if key != self._model_key(task)}
+            for task in self.config.tasks or [None]
         }
 
-    def first_level(self) -> list[dict[str, Any]]:
-        """Settings of the models that are pre-trained for the tasks."""
-        return self.models(next(iter(self.config.tasks))) if self.config.pretrain is not None and self.config.tasks else []
+    def where(self, task: str | None) -> str:
+        """The key of a task's space."""
+        return f"{self._name(task)}.space"
+
+    def first_level(self) -> list[tuple[dict[str, Any], PretrainConfig | PruneConfig]]:
+        """(settings, config) of every model that is made for the tasks."""
+        found = [] if self.level is None else [(settings, self.model_config(settings)) for settings in self._models()]
+        return [(settings, config) for settings, config in found if config is not None]
 
     def models(self, task: str | None) -> list[dict[str, Any]]:
-        """Settings that set the cells of a task apart: of the pre-trainings that it starts from, of the model where there is no such
-        level, of sparsity where pre-training itself is searched."""
-        if task is not None and self.config.pretrain is not None:
-            return list(combinations(self.config.pretrain.space, "pretrain.space"))
+        """Settings that set the cells of a task apart: of the models of the first level, of the model where there is no such level, of
+        sparsity where pre-training itself is searched."""
+        if self.level is not None:
+            return self._models()
         key, space = self._model_key(task), self._stage(task).space
         return list(combinations({key: space[key]} if key in space else {}, "a cell"))
 
@@ -132,43 +139,49 @@ class Search:
                 drawn = [draw(space, self.config.run.seed, i) for i in range(self.config.algorithm.num_samples)]
                 found += [Point(task, model, params, seeds[0]) for params in drawn]
             else:
-                found += [Point(task, model, params, seed) for params in combinations(space, _where(task)) for seed in seeds]
+                found += [Point(task, model, params, seed) for params in combinations(space, self.where(task)) for seed in seeds]
         return list({point.digest: point for point in found}.values())
 
-    def pretrain_config(self, settings: Mapping[str, Any]) -> PretrainConfig:
-        """Of a model that tasks start from: its folder is its content's, so that every search of this run.folder shares it."""
-        config = self._config(PretrainConfig, "pretrain", settings, self._run("run", None), {})
+    def model_config(self, settings: Mapping[str, Any]) -> PretrainConfig | PruneConfig | None:
+        """Of the run that makes a model of the first level: its folder is its content's, so that every search of this run.folder shares
+        it. None of the model that is pruned, as it is."""
+        assert self.level is not None
+        if self.level is PRUNED and settings == UNPRUNED:
+            return None
+        config = self._config(self.level.config, self.level.verb, settings, self._run("run", None), {})
         digest = hashlib.sha256(json.dumps(identity_of(config), sort_keys=True).encode()).hexdigest()[:10]
         name = f"sparsity{config.sparsity.target:g}-{digest}"
-        run = config.run.model_copy(update={"name": name, "folder": str(self.path.parent / MODELS)})
+        run = config.run.model_copy(update={"name": name, "folder": str(self.path.parent / self.level.folder)})
         return config.model_copy(update={"run": run})
 
     def trial_config(self, point: Point) -> PretrainConfig | FinetuneConfig:
-        where, settings, model = self._parts(point)
+        settings, model = self._parts(point)
         run = self._run(f"{point.task or 'pretrain'}-{point.digest}", point.seed)
         if point.task is None:
-            return self._config(PretrainConfig, where, settings, run, model)
-        return self._config(FinetuneConfig, where, settings, run, model)
+            return self._config(PretrainConfig, self._name(None), settings, run, model)
+        return self._config(FinetuneConfig, self._name(point.task), settings, run, model)
 
     def parent(self, point: Point) -> Path | None:
-        """The run that a trial starts from; None: none, or a model that no run left."""
+        """The run that a trial starts from; None: none, a model that no run left, or one that is pruned in other cells: what
+        trained it is theirs too."""
         config = self.trial_config(point)
         if isinstance(config, PretrainConfig) or config.model.path is None:
             return None
         folder = Path(config.model.path)
-        places = [place for place in (folder, folder.parent) if (place / "identity.json").exists()]
-        return folder if self.config.pretrain is not None else next(iter(places), None)
+        if self.level is not None:
+            return None if self.model_config(point.model) is None else folder
+        return next((place for place in (folder, folder.parent) if (place / "identity.json").exists()), None)
 
     def command(self, point: Point) -> str:
         """The line that makes a trial again, in a folder of its own."""
-        where, settings, model = self._parts(point)
+        where, (settings, model) = self._name(point.task), self._parts(point)
         config = self.trial_config(point)
         run = config.run.model_copy(update={"name": f"{config.run.name}-again", "folder": self.config.run.folder})
         values = self._values(where, settings, {"run": run.model_dump(mode="json")}, model)
         usual = {f"run.{key}": value for key, value in RunConfig().model_dump(mode="json").items()}
         written = dict(flat(self.contents[where]))
-        words = [_word(key, value) for key, value in flat(values) if value != written.get(key, usual.get(key, ...))]
-        return shlex.join(["raysparse", "pretrain" if point.task is None else "finetune", *self._stage(point.task).files, *words])
+        overrides = [override(key, value) for key, value in flat(values) if value != written.get(key, usual.get(key, ...))]
+        return shlex.join(["raysparse", "pretrain" if point.task is None else "finetune", *self._stage(point.task).files, *overrides])
 
     def metric(self, task: str | None) -> str:
         """What settings of a task are chosen by."""
@@ -196,19 +209,39 @@ class Search:
         params = {key: domain.ends()[0] for key, domain in self.space[task].items()}
         return Point(task, self.models(task)[0], params, self.config.seeds[0])
 
+    def _name(self, task: str | None) -> str:
+        """Of the stage that a trial is a run of."""
+        return "pretrain" if task is None else f"tasks.{task}"
+
     def _stage(self, task: str | None) -> StageConfig:
-        return dict(_stages(self.config))[_where(task).removesuffix(".space")]
+        return self.stages[self._name(task)]
 
     def _model_key(self, task: str | None) -> str:
         """The key whose values set cells apart where there is no first level."""
         return "sparsity.target" if task is None else "model.path"
 
-    def _parts(self, point: Point) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """A point's stage, the settings of it, and the model that the first level gives it."""
-        where = _where(point.task).removesuffix(".space")
-        if point.task is None or self.config.pretrain is None:
-            return where, {**point.pretrain, **point.params}, {}
-        return where, dict(point.params), {"model": {"path": str(self.pretrain_config(point.pretrain).run.path)}}
+    def _models(self) -> list[dict[str, Any]]:
+        """Settings of the first level; of all that prune nothing one is kept."""
+        assert self.level is not None
+        found = combinations(self.stages[self.level.verb].space, f"{self.level.verb}.space")
+        if self.level is PRUNED:
+            found = (UNPRUNED if self._prunes_nothing(settings) else settings for settings in found)
+        return list({json.dumps(settings, sort_keys=True): dict(settings) for settings in found}.values())
+
+    def _prunes_nothing(self, settings: Mapping[str, Any]) -> bool:
+        """Whatever else such a point sets then makes no difference."""
+        return settings.get("sparsity.target") == 0 and not self._values(PRUNED.verb, settings, {}, {})["sparsity"].get("layers")
+
+    def _parts(self, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings of a point's own stage, and the part of its config that the first level gives it."""
+        if self.level is None:
+            return {**point.model, **point.params}, {}
+        config, where = self.model_config(point.model), self._name(point.task)
+        path = self.first_level()[0][1].model.path if config is None else str(config.run.path)
+        given = {"sparsity": {"masks": "lift"}} if config is None else self.level.gives
+        is_scratch = merge(self.contents[where], self.stages[where].set).get("model", {}).get("preset")  # files of the dense model itself
+        no_preset = {"model": {"preset": None}, "tokenizer": None} if is_scratch else {}
+        return dict(point.params), merge(merge(no_preset, {"model": {"path": path}}), given)
 
     def _run(self, name: str, seed: int | None) -> dict[str, Any]:
         """The run section of every stage: the search's, in a folder below its own."""
@@ -217,8 +250,8 @@ class Search:
 
     def _values(self, where: str, settings: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config of a stage: its files, the search's run, the user's changes, the point."""
-        values = merge(merge(self.contents[where], run), dict(_stages(self.config))[where].set)
-        if isinstance(self.config.scheduler, PBT):
+        values = merge(merge(self.contents[where], run), self.stages[where].set)
+        if isinstance(self.config.scheduler, PBT) and where != PRUNED.verb:
             every = f"{100 * self.config.scheduler.every:g} %"
             values = merge(values, {"training": {"validate_every": every}, "checkpoint": {"every": every}})
         return merge(merge(values, nested(settings)), model)
@@ -226,60 +259,12 @@ class Search:
     def _config(self, kind: type[C], where: str, settings: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]) -> C:
         try:
             config = kind.check(self._values(where, settings, run, model))
-            check_sizes(config)
+            if isinstance(config, TrainingRunConfig):
+                check_sizes(config)
             return config
         except ConfigError as error:
-            at = ", ".join(f"{key}={_short(value)}" for key, value in settings.items())
+            at = ", ".join(f"{key}={short(value)}" for key, value in settings.items())
             raise ConfigError(f"{where}{f' at {at}' if at else ''}: {error}") from None
-
-    def _check_owned(self, name: str, stage: StageConfig) -> None:
-        """What the search sets in every run is not the stage's to change."""
-        keys = [key for key in (*dict(flat(stage.set)), *stage.space) if key == "run" or key.startswith("run.")]
-        if self.config.pretrain is not None and name != "pretrain":
-            keys += [key for key in (*dict(flat(stage.set)), *stage.space) if key == "model.path"]
-        if keys:
-            raise ConfigError(
-                f"Expected {name} without {', '.join(keys)}, which the search sets. Change the search's own run section (run.seed is of "
-                "pre-training, seeds of the trials), or leave pretrain out to fine-tune models that are there."
-            )
-
-    def _check_together(self) -> None:
-        config = self.config
-        config.run.check_fixed("a trial that grows would take the room of the next one")
-        for task, space in self.space.items():
-            self.metric(task)
-            if isinstance(config.algorithm, Optuna) and not space:
-                raise ConfigError(f"Expected keys in {_where(task)} for algorithm.type=optuna. Got none. Use algorithm.type=grid.")
-        if isinstance(config.scheduler, PBT):
-            if config.is_nested:
-                raise ConfigError(
-                    f"Expected run.workers=1 with scheduler.type=pbt. Got {config.run.workers}: Ray Tune cannot hand a checkpoint to a "
-                    "trial whose weights are in a worker group of its own, so no trial could go on from a better one's. "
-                    "Use run.workers=1 or scheduler.type=asha."
-                )
-            if len(self.cells()) > 1 or not isinstance(config.algorithm, Grid | Random):
-                raise ConfigError(
-                    f"Expected one task, one pre-trained model and algorithm.type grid or random with scheduler.type=pbt: one population. "
-                    f"Got {len(self.cells())} cells and {config.algorithm.type}. Search them one after another, or use scheduler.type=asha."
-                )
-            if fixed := [key for space in self.space.values() for key, domain in space.items() if not is_plain(domain)]:
-                raise ConfigError(f"Expected plain values to perturb with scheduler.type=pbt. Got sections in {', '.join(fixed)}.")
-        if isinstance(config.algorithm, NSGA2) and not isinstance(config.scheduler, NoScheduler):
-            raise ConfigError(
-                f"Expected scheduler.type=none with algorithm.type=nsga2, which judges FLOPs and score of whole runs. "
-                f"Got {config.scheduler.type}. Use scheduler.type=none or algorithm.type=optuna."
-            )
-
-
-def _where(task: str | None) -> str:
-    return "pretrain.space" if task is None else f"tasks.{task}.space"
-
-
-def _stages(config: SearchConfig) -> Iterator[tuple[str, StageConfig]]:
-    if config.pretrain is not None:
-        yield "pretrain", config.pretrain
-    for name, stage in config.tasks.items():
-        yield f"tasks.{name}", stage
 
 
 def _read(files: Sequence[str]) -> dict[str, Any]:
@@ -287,34 +272,3 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
     for file in files:
         values = merge(values, read_yaml(file))
     return values
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a.b": 1}`` -> ``{"a": {"b": 1}}``."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        found = merge(found, value)
-    return found
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The inverse; a mapping that names a type stays whole, for as such it is merged."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value and "type" not in value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _word(key: str, value: Any) -> str:
-    """The override that reads back as this value."""
-    if isinstance(value, str) and parse_override(f"{key}={value}") == nested({key: value}):
-        return f"{key}={value}"
-    return f"{key}={json.dumps(value)}"
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.3g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from raysparse.config import ConfigError
-from raysparse.recipes import finetune, pretrain
+from raysparse.recipes import MODULES
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import Job, finished
 from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes.prune import PruneConfig
 from raysparse.train.error import TrainingError
 from raysparse.train.metrics import Console
 from tuning.config import PBT
 from tuning.space import LOSS, Point, Search
 
 POINT, MODEL = "point", "model"
-"""Keys of Ray Tune's config: the fields of the trial's `Point`, or the settings of a model to pre-train."""
+"""Keys of Ray Tune's config: the fields of the trial's `Point`, or the settings of a model of the first level."""
 FOLDER, OBJECTIVE, FLOPS, PROGRESS = "folder", "objective", "flops", "progress"
 """Of what a trial reports: its run folder, what it is chosen by, counted FLOPs end to end, percent of its steps."""
 STATUS, ERROR = "status", "error"
@@ -49,14 +50,13 @@ def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
     if not (found.config.is_nested or ray.get_gpu_ids()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one that this trial has no share of
     if POINT not in params:
-        _Trial(found, found.pretrain_config(params[MODEL]), LOSS, lower=True).run(None)
+        _Trial(found, found.model_config(params[MODEL]), None).run(None)
         return
     point = Point(**params[POINT])
-    lower = found.lower_is_better(point.task)
     try:
         config, given = found.trial_config(point), None
     except ConfigError as error:  # values that do not go together; only a sampler comes to them unchecked
-        _report_failure(lower, error)
+        _report_failure(found.lower_is_better(point.task), error)
         return
     if isinstance(found.config.scheduler, PBT):
         checkpoint, own = tune.get_checkpoint(), f"{point.task or 'pretrain'}-{tune.get_context().get_trial_id()}"
@@ -66,16 +66,20 @@ def trial(params: dict[str, Any], search: dict[str, Any]) -> None:
         for former in [folder for folder in config.run.path.parent.glob(f"{own}-*") if folder != config.run.path]:
             for what in ("checkpoints", HANDOVER):
                 shutil.rmtree(former / what, ignore_errors=True)
-    _Trial(found, config, found.metric(point.task), lower).run(given)
+    _Trial(found, config, point).run(given)
 
 
 class _Trial:
-    def __init__(self, search: Search, config: PretrainConfig | FinetuneConfig, metric: str, lower: bool):
+    def __init__(self, search: Search, config: PretrainConfig | PruneConfig | FinetuneConfig | None, point: Point | None):
         """Args:
-        metric: what is reported as the objective.
-        lower: whether that is to be small.
+        point: None: the run makes a model of the first level.
         """
-        self._search, self._config, self._metric, self._lower = search.config, config, metric, lower
+        assert config is not None
+        self._search, self._level, self._config = search.config, search.level if point is None else None, config
+        self._verb = self._level.verb if self._level else "pretrain" if isinstance(config, PretrainConfig) else "finetune"
+        self._metric = LOSS if point is None else search.metric(point.task)
+        self._lower = point is None or search.lower_is_better(point.task)
+        self._before = 0.0 if point is None else _flops_of(search.parent(point))
 
     def run(self, given: Path | None) -> None:
         """Carry out the run and report it.
@@ -86,17 +90,15 @@ class _Trial:
         from ray import tune
 
         try:
-            config = self._config
-            job = finetune.open_run(config) if isinstance(config, FinetuneConfig) else pretrain.open_run(config)
+            job = MODULES[self._verb].open_run(self._config)
             if given is not None:
                 shutil.copytree(given, job.path / "checkpoints", dirs_exist_ok=True)
-            before = _flops_of_parent(self._config)
-            reporter = Reporter(job, self._metric, before, with_checkpoints=isinstance(self._search.scheduler, PBT))
+            reporter = Reporter(job, self._metric, self._before, with_checkpoints=isinstance(self._search.scheduler, PBT))
             summary = finished(job) or self._carry_out(job, reporter)
         except (ConfigError, TrainingError) as error:  # trying again would come to the same
             _report_failure(self._lower, error, self._config.run.path)
             return
-        tune.report(self._final(summary, before) | {FOLDER: job.folder, STATUS: "finished"})
+        tune.report(self._final(summary) | {FOLDER: job.folder, STATUS: "finished"})
 
     def _carry_out(self, job: Job, reporter: "Reporter") -> dict[str, Any]:
         if self._search.is_nested:
@@ -110,10 +112,14 @@ class _Trial:
             (summary,) = run_here([job], self._config.run, reporter, reporter.committed)
         return summary
 
-    def _final(self, summary: Mapping[str, Any], before: float) -> dict[str, Any]:
+    def _final(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        told = {PROGRESS: 100.0, "seconds": summary["seconds"]}
+        if self._level is not None:
+            loss = self._level.loss_of(summary)
+            return told if loss is None else told | {OBJECTIVE: loss}
         loss = summary["loss"]
         best = loss["validation"] if self._metric == LOSS else loss["validation_score"]
-        return {OBJECTIVE: best, FLOPS: before + summary["flops"]["counted"], PROGRESS: 100.0, "seconds": summary["seconds"]}
+        return told | {OBJECTIVE: best, FLOPS: self._before + summary["flops"]["counted"]}
 
 
 def _report_failure(lower: bool, error: Exception, folder: Path | None = None) -> None:
@@ -192,10 +198,9 @@ def _tell_address() -> None:
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
-def _flops_of_parent(config: PretrainConfig | FinetuneConfig) -> float:
-    """Counted FLOPs of the run that a fine-tuning starts from; 0 where it starts from no run."""
-    if not isinstance(config, FinetuneConfig) or config.model.path is None:
+def _flops_of(parent: Path | None) -> float:
+    """Counted FLOPs of the run that a trial starts from; 0 where it starts from none, or from a pruning, which counts none."""
+    if parent is None or not (parent / "summary.json").exists():
         return 0.0
-    folder = Path(config.model.path)
-    summary = next((file for file in (folder / "summary.json", folder.parent / "summary.json") if file.exists()), None)
-    return 0.0 if summary is None else json.loads(summary.read_text())["flops"]["counted"]
+    summary = json.loads((parent / "summary.json").read_text())
+    return summary["flops"]["counted"] if "flops" in summary else 0.0

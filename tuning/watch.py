@@ -14,6 +14,7 @@ from ray.tune import Callback
 
 from raysparse.config import ConfigError
 from raysparse.recipes.job import write_atomically
+from tuning.keys import words
 from tuning.space import LOSS, Point, Search
 from tuning.trial import ERROR, FOLDER, HANDOVER, MODEL, OBJECTIVE, POINT, PROGRESS, STATUS
 
@@ -44,13 +45,13 @@ class Watcher(Callback):
     def _end(self, trials: list[Any], trial: Any, status: str, error: str | None) -> None:
         result, ended = trial.last_result or {}, 1 + sum(one.is_finished() for one in trials if one is not trial)
         value = result.get(OBJECTIVE)
-        told = f"{self._metric(trial)} {value:.4f}" if status != "failed" and value is not None else f"{error}"
+        told = f"{self._metric(trial)} {value:.4f}" if status != "failed" and value is not None else error or ""
         where = f" at {result.get(PROGRESS, 0):.0f} %" if status == "stopped" else ""
         self._say(f"[{ended:>3}/{self._total}] {status}{where}", trial, told)
         if POINT in trial.config:
             record = self._record(self._search, Point(**trial.config[POINT]), result, status, error)
             write_record(self._search.path, record)
-            prune(self._search, record)
+            tidy(self._search, record)
 
     def _record(self, search: Search, point: Point, result: Mapping[str, Any], status: str, error: str | None) -> dict[str, Any]:
         value = result.get(OBJECTIVE)
@@ -63,7 +64,7 @@ class Watcher(Callback):
             "folder": str(folder.relative_to(search.path)),
             "status": status,
             "task": point.task,
-            "pretrain": dict(point.pretrain),
+            "model": dict(point.model),
             "params": dict(point.params),
             "seed": point.seed,
             "parent": None if parent is None else str(parent),
@@ -83,9 +84,9 @@ class Watcher(Callback):
         return self._search.metric(Point(**trial.config[POINT]).task) if POINT in trial.config else LOSS
 
     def _say(self, head: str, trial: Any, told: str) -> None:
-        of = trial.config
-        point = Point(**of[POINT]) if POINT in of else Point(None, {}, of[MODEL], self._search.config.run.seed)
-        self._said, what = time.monotonic(), point.text()
+        of, level = trial.config, self._search.level
+        what = Point(**of[POINT]).text() if level is None or POINT in of else " ".join([level.verb, *words(of[MODEL])])
+        self._said = time.monotonic()
         print(f"{head:<26} {what} | {told}", file=sys.stderr, flush=True)
 
 
@@ -106,11 +107,11 @@ def forget(path: Path, folder: str) -> None:
     shutil.rmtree(path / folder, ignore_errors=True)
 
 
-def prune(search: Search, ended: Mapping[str, Any]) -> None:
+def tidy(search: Search, ended: Mapping[str, Any]) -> None:
     """A trial that has ended keeps no checkpoints; of finished ones in its cell the best keep their models."""
     for what in ("checkpoints", "validated", HANDOVER):
         shutil.rmtree(search.path / ended["folder"] / what, ignore_errors=True)
-    cell = [one for one in records(search.path) if (one["task"], one["pretrain"]) == (ended["task"], ended["pretrain"])]
+    cell = [one for one in records(search.path) if (one["task"], one["model"]) == (ended["task"], ended["model"])]
     scored = [one for one in cell if one["status"] == "finished" and one["objective"] is not None and not math.isnan(one["objective"])]
     scored.sort(key=lambda one: one["objective"], reverse=not ended["lower_is_better"])
     for one in scored[search.config.keep :]:

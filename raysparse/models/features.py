@@ -1,4 +1,6 @@
-"""What the blocks of a model give, seen by hooks: transformers' own ``output_hidden_states`` differs between models in where it looks."""
+"""What the blocks of a model give, seen by hooks (transformers' own ``output_hidden_states`` differs between models in where it looks),
+and logits of some tokens alone.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,3 +50,28 @@ class BlockOutputs:
         self._found.append(features)
         alias = features.view_as(features)  # gradients of what follows are added up before that of the noted one, sharded or not
         return (alias, *rest) if isinstance(output, tuple) else alias
+
+
+class ChosenLogits:
+    """Of one model: logits of chosen tokens alone. Install it before the model is sharded.
+
+    The head of a small model is more than half of its forward pass, and of a task's tokens those of the answers alone are predicted.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._chosen: Tensor | None = None
+        head: Any = model.get_output_embeddings()
+        head.register_forward_pre_hook(self._choose)
+
+    @contextmanager
+    def of(self, chosen: Tensor) -> Iterator[None]:
+        """Inside, the model's logits are [chosen tokens, vocabulary]; ``chosen`` is [rows, length] bool."""
+        self._chosen = chosen
+        try:
+            yield
+        finally:
+            self._chosen = None
+
+    @torch.compiler.disable
+    def _choose(self, head: nn.Module, args: Any) -> Any:
+        return args if self._chosen is None else (args[0][self._chosen],)

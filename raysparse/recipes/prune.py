@@ -126,11 +126,16 @@ def check_model(config: PruneConfig, like: str | None = None) -> tuple[str, Spar
     folder = like or model_of(config)
     if packed.is_packed(folder):
         raise ConfigError(f"Expected a model in Hugging Face format at {folder}. Got a packed one. Name the model that it was packed from.")
-    longest = config.data.context if config.data is not None else config.context if config.task is not None else None
-    plan = plan_of(config, skeleton(_at(config, folder), len(evaluate.load_tokenizer(folder)), longest, kinds_of(config)))
+    plan = plan_of(config, model_skeleton(config, folder))
     if like is None:
         check_live(plan, config.sparsity.pattern, _masks_in(folder))
     return folder, plan
+
+
+def model_skeleton(config: PruneConfig, folder: str) -> Any:
+    """The model that lies in a folder, without storage, or a `ConfigError` if it cannot read what is calibrated on."""
+    longest = config.data.context if config.data is not None else config.context if config.task is not None else None
+    return skeleton(_at(config, folder), len(evaluate.load_tokenizer(folder)), longest, kinds_of(config))
 
 
 def check(config: PruneConfig, like: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from raysparse.kernels.bits import pack
 from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, merge, needs_no_gradient
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks
-from raysparse.models.features import BlockOutputs
+from raysparse.models.features import BlockOutputs, ChosenLogits
 from raysparse.models.multiplied import flops_architecture
 from raysparse.recipes.environment import versions, write_environment
 from raysparse.recipes.export import write_model
@@ -236,10 +236,10 @@ def make_objective(config: TrainingRunConfig, parts: Ingredients, sharded: Shard
     smoothing = config.training.label_smoothing
     if parts.distillation is None or outputs is None:
         return CrossEntropy(forward, smoothing)
-    model, its = parts.teacher.requires_grad_(False), BlockOutputs(parts.teacher)
+    model, its, head = parts.teacher.requires_grad_(False), BlockOutputs(parts.teacher), ChosenLogits(parts.teacher)
     whole = config.sharding.model_copy(update={"packed": "off"})
     dtype, offload = resolve_dtype(config.run, device), parts.distillation.offload
-    teacher = Teacher(shard(model, blocks(model), whole, device, dtype, sharded.wire, offload), its)
+    teacher = Teacher(shard(model, blocks(model), whole, device, dtype, sharded.wire, offload), its, head)
     return Distillation(parts.distillation, forward, outputs, teacher, smoothing)
 
 

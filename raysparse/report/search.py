@@ -22,10 +22,24 @@ STATUSES = ("finished", "stopped", "failed")
 _NUMBER = (int, float)
 _CONFIG = {"run": dict, "tasks": (dict, type(None)), "algorithm": dict, "scheduler": dict, "seeds": list, "tolerance": _NUMBER}
 _TRIAL = {
-    "folder": str, "status": str, "task": (str, type(None)), "pretrain": (dict, type(None)), "params": dict, "seed": int,
+    "folder": str, "status": str, "task": (str, type(None)), "model": (dict, type(None)), "params": dict, "seed": int,
     "parent": (str, type(None)), "command": str, "metric": str, "lower_is_better": bool, "objective": (*_NUMBER, type(None)),
     "error": (str, type(None)), "exported": bool,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The run that a trial started from: a training, or a pruning, of which no FLOPs are counted.
+
+    Attributes:
+        skips: whether its kernels left out zeros.
+    """
+
+    sparsity: float
+    counted: float
+    seconds: float
+    skips: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Trial:
         folder: of its run, relative to the search's.
         status: ``finished``, ``stopped`` (early, by the scheduler) or ``failed``.
         task: None where trials are pre-trainings.
-        pretrain: the settings of the pre-training that it started from, or that it is; dotted key -> value.
+        model: the settings of the model that it started from, or that it is; dotted key -> value.
         params: the settings of its own.
         parent: folder of the run that it started from.
         metric, lower_is_better, objective: by which settings are chosen, on the validation split; None or not a number where the
@@ -50,7 +64,7 @@ class Trial:
     folder: str
     status: str
     task: str | None
-    pretrain: Mapping[str, Any]
+    model: Mapping[str, Any]
     params: Mapping[str, Any]
     seed: int
     parent: str | None
@@ -61,7 +75,7 @@ class Trial:
     error: str | None
     exported: bool
     run: Run | None = None
-    parent_run: Run | None = None
+    parent_run: Parent | None = None
     validation: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -70,8 +84,8 @@ class Trial:
 
     @property
     def sparsity(self) -> float | None:
-        """Of the run that it started from, else the setting of its pre-training; None where neither is known."""
-        return self.parent_run.sparsity if self.parent_run else self.pretrain.get("sparsity.target")
+        """Of the run that it started from, else the setting of its model; None where neither is known."""
+        return self.parent_run.sparsity if self.parent_run else self.model.get("sparsity.target")
 
     @property
     def counted(self) -> float | None:
@@ -96,15 +110,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Cell:
-    """The trials of one task that started from the same settings of pre-training."""
+    """The trials of one task that started from the same model.
+
+    Attributes:
+        level: what made it (`Search.level`).
+    """
 
     task: str | None
-    pretrain: Mapping[str, Any]
+    model: Mapping[str, Any]
     trials: tuple[Trial, ...]
+    level: str
 
     @cached_property
     def sparsity(self) -> float | None:
-        """Of the parent run, else as its pre-training was set, else of its own runs; None where nothing is known yet."""
+        """Of the parent run, else as its model was set, else of its own runs; None where nothing is known yet."""
         known = self.trials[0].sparsity  # of all: `Search.cells`
         return max((trial.run.sparsity for trial in self.trials if trial.run), default=None) if known is None else known
 
@@ -156,6 +175,11 @@ class Search:
         return str(self.config["run"].get("name", self.folder.name))
 
     @property
+    def level(self) -> str:
+        """What made the models that tasks start from: ``pretrain``, ``prune``, or empty: they were there, or trials are pre-trainings."""
+        return next((level for level in ("pretrain", "prune") if self.config["tasks"] and self.config.get(level)), "")
+
+    @property
     def tolerance(self) -> float:
         """Most loss of a task's primary score against dense that the user tolerates, in units of the score."""
         return self.config["tolerance"]
@@ -172,8 +196,8 @@ class Search:
         """In order of task, then of sparsity, then as their first trials ended."""
         groups: dict[tuple[str | None, str, float | None], list[Trial]] = {}
         for trial in self.trials:
-            groups.setdefault((trial.task, canonical(trial.pretrain), trial.sparsity), []).append(trial)
-        cells = [Cell(trials[0].task, trials[0].pretrain, tuple(trials)) for trials in groups.values()]
+            groups.setdefault((trial.task, canonical(trial.model), trial.sparsity), []).append(trial)
+        cells = [Cell(trials[0].task, trials[0].model, tuple(trials), self.level) for trials in groups.values()]
         unknown = math.inf  # last
         return tuple(sorted(cells, key=lambda cell: (self.tasks.index(cell.task), unknown if cell.sparsity is None else cell.sparsity)))
 
@@ -193,9 +217,9 @@ def read_search(folder: str | Path) -> Search:
     records = dict(_records(folder / "trials.jsonl")) if (folder / "trials.jsonl").is_file() else {}
 
     @cache
-    def parent_run(parent: str) -> Run | None:
+    def parent_run(parent: str) -> Parent | None:
         places = (base / parent for base in (Path(), *folder.resolve().parents))  # written relative to where the search was started
-        return next((read_run(place) for place in places if (place / "summary.json").is_file()), None)
+        return next((_parent(place) for place in places if (place / "summary.json").is_file()), None)
 
     return Search(folder, config, tuple(_trial(folder, record, parent_run) for record in records.values()))
 
@@ -237,7 +261,7 @@ def _check(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> N
 
 
 def _trial(folder: Path, record: Mapping[str, Any], parent_run: Any) -> Trial:
-    values = {field.name: record[field.name] for field in fields(Trial) if field.name in _TRIAL} | {"pretrain": record["pretrain"] or {}}
+    values = {field.name: record[field.name] for field in fields(Trial) if field.name in _TRIAL} | {"model": record["model"] or {}}
     place, finished = folder / record["folder"], record["status"] == "finished"
     if finished and not (place / "summary.json").is_file():
         raise ConfigError(
@@ -247,6 +271,16 @@ def _trial(folder: Path, record: Mapping[str, Any], parent_run: Any) -> Trial:
     run = read_run(place) if finished else None
     curve = _points(run.validation) if run else _curve(place / "metrics.jsonl")
     return Trial(**values, run=run, parent_run=parent_run(record["parent"]) if record["parent"] else None, validation=curve)
+
+
+def _parent(folder: Path) -> Parent:
+    """Of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if summary["verb"] == "prune":
+        sparsity = summary["sparsity"]["target"] or summary["sparsity"]["actual"]  # 0: some layers have levels of their own
+        return Parent(sparsity, 0.0, summary["seconds"], skips=False)
+    run = read_run(folder)
+    return Parent(run.sparsity, run.counted, run.seconds, run.summary["flops"]["executed"] < run.summary["flops"]["dense"])
 
 
 def _curve(metrics: Path) -> tuple[tuple[int, float], ...]:

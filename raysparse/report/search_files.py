@@ -14,23 +14,20 @@ from raysparse.report.search_statistics import scores_of, settings_of
 def write_csv(search: Search, path: Path) -> None:
     """A row a trial, in the order of the cells; a setting or score that a trial does not have is left empty."""
     trials = [(cell, trial) for cell in search.cells for trial in cell.trials]
-    keys = {
-        "pretrain.": dict.fromkeys(key for _, trial in trials for key in trial.pretrain),
-        "": dict.fromkeys(key for _, trial in trials for key in trial.params),
-        "test_": dict.fromkeys(key for _, trial in trials for key in scores_of(trial)),
-    }
+    model = dict.fromkeys(key for _, trial in trials for key in trial.model)
+    own = dict.fromkeys(key for _, trial in trials for key in trial.params)
+    scores = dict.fromkeys(key for _, trial in trials for key in scores_of(trial))
+    prefix = f"{search.level}." if search.level else ""
     rows = []
     for cell, trial in trials:
         row: dict[str, Any] = {"trial": trial.folder, "task": trial.task, "sparsity": cell.sparsity}
-        for (prefix, names), values in zip(keys.items(), (trial.pretrain, trial.params, scores_of(trial)), strict=True):
-            row |= {f"{prefix}{name}": values.get(name) for name in names}
-        row |= {"seed": trial.seed, "status": trial.status, "objective": trial.objective, "counted_flops_end_to_end": trial.counted}
-        rows.append(row | {"seconds_end_to_end": trial.seconds, "steps": trial.steps, "command": trial.command})
-    first, last = [*keys["pretrain."]], [*keys["test_"]]
-    columns = ["trial", "task", "sparsity", *(f"pretrain.{key}" for key in first), *keys[""], "seed", "status", "objective"]
-    columns += [*(f"test_{key}" for key in last), "counted_flops_end_to_end", "seconds_end_to_end", "steps", "command"]
+        row |= {f"{prefix}{name}": trial.model.get(name) for name in model} | {name: trial.params.get(name) for name in own}
+        row |= {"seed": trial.seed, "status": trial.status, "objective": trial.objective}
+        row |= {f"test_{name}": scores_of(trial).get(name) for name in scores}
+        row |= {"counted_flops_end_to_end": trial.counted, "seconds_end_to_end": trial.seconds, "steps": trial.steps}
+        rows.append(row | {"command": trial.command})
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -65,9 +65,10 @@ def _time(finding: Finding) -> Iterator[str]:
 
 
 def _skips(result: Result) -> bool:
-    """Whether kernels left out zeros in the run or in its pre-training."""
-    runs = [run for trial in result.cell.chosen for run in (trial.run, trial.parent_run) if run]
-    return any(run.summary["flops"]["executed"] < run.summary["flops"]["dense"] for run in runs)
+    """Whether kernels left out zeros in the run or in that which it started from."""
+    flops = [trial.run.summary["flops"] for trial in result.cell.chosen if trial.run]
+    parents = [trial.parent_run for trial in result.cell.chosen if trial.parent_run]
+    return any(of["executed"] < of["dense"] for of in flops) or any(parent.skips for parent in parents)
 
 
 def _seeds(search: Search, cell: Cell, label: str) -> Iterator[str]:

@@ -204,7 +204,7 @@ def _facts_of_cell(result: Result) -> dict[str, Any]:
     return {
         "label": result.label,
         "sparsity": cell.sparsity,
-        "pretrain": dict(cell.pretrain),
+        "model": dict(cell.model),
         "settings": dict(cell.best or {}),
         "seeds": [trial.seed for trial in cell.chosen],
         "scores": {name: {"mean": of.mean, "deviation": of.deviation} for name, of in result.scores.items()},

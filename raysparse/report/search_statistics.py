@@ -206,8 +206,8 @@ def judge(ours: np.ndarray, theirs: np.ndarray, resampled: tuple[np.ndarray, ...
 
 
 def settings_of(cell: Cell, trial: Trial) -> dict[str, Any]:
-    """Everything that was searched, by name: the sparsity, other settings of pre-training as ``pretrain.KEY``, and its own."""
-    others = {f"pretrain.{key}" if trial.task else key: value for key, value in cell.pretrain.items() if key != "sparsity.target"}
+    """Everything that was searched, by name: the sparsity, others of the model as ``pretrain.KEY`` or ``prune.KEY``, and its own."""
+    others = {f"{cell.level}.{key}" if cell.level else key: value for key, value in cell.model.items() if key != "sparsity.target"}
     return {"sparsity": cell.sparsity} | others | dict(trial.params)
 
 
@@ -217,7 +217,7 @@ def labels(cells: Sequence[Cell]) -> list[str]:
     names = []
     for cell, sparsity in zip(cells, sparsities, strict=True):
         twins = [other for other, same in zip(cells, sparsities, strict=True) if same == sparsity]
-        own = {key: value for key, value in cell.pretrain.items() if len({canonical({"": twin.pretrain.get(key)}) for twin in twins}) > 1}
+        own = {key: value for key, value in cell.model.items() if len({canonical({"": twin.model.get(key)}) for twin in twins}) > 1}
         names.append(", ".join([sparsity, *([settings_text(own)] if own else [])]))
     return names
 

@@ -18,6 +18,16 @@ from raysparse.report.search_statistics import (
 )
 from raysparse.report.table import Block, marks
 
+_MADE = {"": "trained", "pretrain": "pre-trained", "prune": "pruned"}
+_TRAINED = "Both are end to end, that is with the pre-training."
+_WHOLE = {
+    "": _TRAINED,
+    "pretrain": _TRAINED,
+    "prune": "Seconds are with pruning and a teacher's passes, FLOPs without. What trained the model that was pruned is in neither: it is "
+    "the same for all.",
+}
+"""By what made the models: what FLOPs and seconds are of."""
+
 
 def question(findings: Sequence[Finding]) -> str:
     """What the search was to answer."""
@@ -102,7 +112,7 @@ def task_block(search: Search, finding: Finding) -> Block:
     columns = ("sparsity", score_name(finding.metric), "vs dense", "confidence", *others, "chosen settings", "seeds")
     columns += ("FLOPs", "reduction", "seconds", "time", "finished")
     title = f"{task_title(finding.task)}: what each sparsity came to"
-    return Block(title, columns, tuple(rows), tuple(_task_notes(finding)))
+    return Block(title, columns, tuple(rows), tuple(_task_notes(search, finding)))
 
 
 def _cells(finding: Finding, result: Result, others: Sequence[str]) -> tuple[str, ...]:
@@ -118,7 +128,7 @@ def _cells(finding: Finding, result: Result, others: Sequence[str]) -> tuple[str
     )
 
 
-def _task_notes(finding: Finding) -> Iterator[str]:
+def _task_notes(search: Search, finding: Finding) -> Iterator[str]:
     trial = finding.results[0].cell.chosen[0]
     way, better = ("lower" if lower else "higher" for lower in (finding.lower_is_better, trial.lower_is_better))
     held = "the validation split" if trial.task is None else "the test split, which no choice has seen"
@@ -128,9 +138,8 @@ def _task_notes(finding: Finding) -> Iterator[str]:
         f"validation split ({better} is better)."
     )
     yield (
-        "FLOPs are counted: training FLOPs if zeros were skipped; seconds are measured. Both are end to end, that is with the "
-        "pre-training. Reduction is dense / counted; time is these seconds / the dense ones. Trials that ran side by "
-        "side shared the machine."
+        f"FLOPs are counted: training FLOPs if zeros were skipped; seconds are measured. {_WHOLE[search.level]} Reduction is dense / "
+        "counted; time is these seconds / the dense ones. Trials that ran side by side shared the machine."
     )
     if finding.recommended:
         yield "* recommended."
@@ -166,14 +175,14 @@ def importance_block(search: Search, finding: Finding) -> Block | None:
 def space_block(search: Search) -> Block:
     """What was searched and what was fixed, key by key."""
     rows = []
-    parts = {"pre-training": search.config.get("pretrain"), **(search.config["tasks"] or {})}
+    parts = {"pre-training": search.config.get("pretrain"), "pruning": search.config.get("prune"), **(search.config["tasks"] or {})}
     for part, told in parts.items():
         told = told or {}
         rows += [(part, key, _domain(domain)) for key, domain in (told.get("space") or {}).items()]
         rows += [(part, key, f"{value_text(value)} (fixed)") for key, value in (told.get("set") or {}).items()]
         if told.get("files"):
             rows.append((part, "files", " ".join(map(str, told["files"]))))
-    notes = () if search.config.get("pretrain") else ("No pre-training was part of the search.",)
+    notes = () if parts["pre-training"] else ("No pre-training was part of the search.",)
     return Block("Search space", ("of", "key", "values"), tuple(rows), notes)
 
 
@@ -228,7 +237,7 @@ def reproduce(search: Search, finding: Finding) -> tuple[str, list[str]]:
             "It went on from other trials' weights: the command trains its last settings from the start, which is another model."
         )
     if trial.parent:
-        sentences.append(f"It started from {trial.parent}, whose config.yaml holds its pre-training.")
+        sentences.append(f"It started from {trial.parent}, whose config.yaml tells how that was {_MADE[search.level]}.")
     return command, sentences
 
 

@@ -7,6 +7,7 @@ takes the norms of the teacher's features of the whole batch before the first lo
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from raysparse.config import Config
 from raysparse.data.batch import IGNORED, Batch
 from raysparse.losses import cross_entropy_sum, feature_norms, kl_sum, squarehead
-from raysparse.models.features import BlockOutputs
+from raysparse.models.features import BlockOutputs, ChosenLogits
 from raysparse.train.objective import Forward
 from raysparse.train.shard import Sharded
 
@@ -65,15 +66,16 @@ class Lesson(NamedTuple):
 class Teacher:
     """A frozen model in evaluation mode, sharded like its student; no gradient ever reaches it."""
 
-    def __init__(self, sharded: Sharded, outputs: BlockOutputs):
-        self._sharded, self._outputs = sharded, outputs
+    def __init__(self, sharded: Sharded, outputs: BlockOutputs, head: ChosenLogits):
+        self._sharded, self._outputs, self._head = sharded, outputs, head
         sharded.module.eval().requires_grad_(False)
 
     @torch.no_grad()
     def teach(self, batch: Batch, features: bool, logits: bool) -> Lesson:
-        with self._sharded.accumulate(last=True), self._outputs.noted() as found:
+        noted, asked = self._outputs.noted() if features else nullcontext([]), (batch.labels != IGNORED) & logits
+        with self._sharded.accumulate(last=True), noted as found, self._head.of(asked):
             said = self._sharded.module(**batch.inputs).logits
-        return Lesson(found if features else [], said[batch.labels != IGNORED] if logits else None)
+        return Lesson(found, said if logits else None)
 
     def rest(self) -> None:
         """Nothing stays gathered."""
@@ -88,13 +90,13 @@ class Distillation:
         self._targets, self._norms = 1, torch.empty(0)
         self._kept: list[Lesson] | None = None
         self._parts: dict[str, Tensor] = {}
-        self.passes = 1
+        self.passes, self.logits = 1, 0
 
     def begin(self, batches: Sequence[Batch], targets: int) -> None:
         config, self._targets = self._config, max(1, targets)
         keep = config.keep_features or len(batches) == 1
         self._kept, norms = [] if keep else None, []
-        self.passes = 1 if keep or not config.feature else 2
+        self.passes, self.logits = 1 if keep or not config.feature else 2, targets if config.logit else 0
         for batch in batches if keep or config.feature else ():
             lesson = self._teacher.teach(batch, config.feature > 0, keep and config.logit > 0)
             norms.append(feature_norms(lesson.features, self._masks(batch, lesson), config.eps) if config.feature else None)

@@ -297,7 +297,9 @@ def _count(t: Training, step: int, tokens: int, source: int) -> None:
         thirds = [training_flops(t.arch, live, tokens, length, convention, seen, source) * (1 / 3) for live in products]
         executed = thirds[0] + thirds[1] + thirds[2]
     growth = growth_flops(t.arch, t.nnz, tokens, length, convention, source) if reads else None
-    teacher = dense * (t.objective.passes / 3) if t.objective.passes else None
+    teacher = None
+    if t.objective.passes:
+        teacher = replace(dense * t.objective.passes, head=dense.head * t.objective.logits / tokens) * (1 / 3)
     t.ledger.add(counted, dense, growth, executed, teacher)
 
 

@@ -16,7 +16,9 @@ class Objective(Protocol):
     """`begin` a step, then `loss` of each micro-batch in order. Every rank makes the same calls."""
 
     passes: int
-    """Forward passes through a teacher in a step."""
+    """Forward passes through a teacher's blocks in a step."""
+    logits: int
+    """Tokens of the global batch whose logits it computes."""
 
     def begin(self, batches: Sequence[Batch], targets: int) -> None:
         """A step with these micro-batches on this rank, on the device, and `targets` predicted tokens on all."""
@@ -33,7 +35,7 @@ class Objective(Protocol):
 class CrossEntropy:
     """The mean over predicted tokens, in nats."""
 
-    passes = 0
+    passes, logits = 0, 0
 
     def __init__(self, forward: Forward, smoothing: float):
         self._forward, self._smoothing = forward, smoothing

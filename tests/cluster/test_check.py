@@ -230,6 +230,28 @@ def test_a_search_ships_the_files_of_its_stages(values, folder):
         check_config(config, collect(folder), False)
 
 
+def test_a_search_of_pruned_models_reads_the_trained_one(folder):
+    task = {"type": "seq2seq", "data": {"type": "folder", "path": "/shared/pairs"}, "metrics": ["chrf"]}
+    (folder / "prune.yaml").write_text(yaml.safe_dump({"model": {"path": "/shared/dense"}, "task": task, "cache_dir": "/shared/cache"}))
+    (folder / "task.yaml").write_text(yaml.safe_dump({"model": {"path": "m"}, "task": task, "cache_dir": "/shared/cache"}))
+    config = KINDS["tune"].check(
+        {
+            "run": {"name": "search", "folder": "/shared/runs"},
+            "prune": {"files": ["prune.yaml"], "space": {"sparsity.target": {"choice": [0.5]}}},
+            "tasks": {"pairs": {"files": ["task.yaml"]}},
+        }
+    )
+    (name,) = {left.partition(": ")[0] for left in check_config(config, collect(folder), False)} - {"pairs"}
+    assert check_config(config, collect(folder), False) == [
+        f"{name}: model.path=/shared/dense",
+        f"{name}: task.data.path=/shared/pairs",
+        "pairs: task.data.path=/shared/pairs",  # not the model, which the search makes
+    ]
+    (folder / ".gitignore").write_text("prune.yaml\n")
+    with pytest.raises(ConfigError, match=r"Expected prune\.files=prune\.yaml to travel"):
+        check_config(config, collect(folder), False)
+
+
 @pytest.mark.parametrize(
     ("run", "cache", "num_nodes", "problem"),
     [

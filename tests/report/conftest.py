@@ -50,7 +50,7 @@ def write_search(tmp_path: Path) -> Callable[..., Path]:
 TRIAL: dict[str, Any] = {
     "status": "finished", "task": "docstrings", "sparsity": 0.0, "params": {"optimizer.lr": 0.001}, "seed": 0, "objective": 2.0,
     "metric": "validation_loss", "lower_is_better": True, "error": None, "exported": False, "scores": {"bleu": 30.0},
-    "pretrain": None, "parent": ..., "hypotheses": None, "changes": {},
+    "model": None, "parent": ..., "hypotheses": None, "changes": {},
 }  # fmt: skip
 """``sparsity`` is that of the parent, or of a pre-training itself; ``hypotheses`` are set against `REFERENCES`; ``changes`` are those
 of `write_run`. Of the parent as of the trial 1e12 (1 - sparsity / 2) FLOPs are counted and 100 s measured."""
@@ -97,9 +97,9 @@ def _write_trial(root: Path, folder: Path, i: int, told: dict[str, Any]) -> dict
     if told["status"] == "stopped":
         (folder / name / "metrics.jsonl").write_text('{"step": 5, "tokens": 500, "validation_loss": 3.5}\n{"step": 6, "tok')
     line = {key: told[key] for key in ("status", "task", "params", "seed", "metric", "lower_is_better", "objective", "error", "exported")}
-    pretrain = {"sparsity.target": sparsity} if told["pretrain"] is None else told["pretrain"]
+    model = {"sparsity.target": sparsity} if told["model"] is None else told["model"]
     command = f"raysparse {'finetune' if task else 'pretrain'} {task or 'pretrain'}.yaml run.name=t{i}"
-    return line | {"folder": name, "pretrain": pretrain, "parent": None if parent is None else str(parent), "command": command}
+    return line | {"folder": name, "model": model, "parent": None if parent is None else str(parent), "command": command}
 
 
 def _write_run(root: Path, folder: str, /, verb: str = "pretrain", sparsity: float = 0.0, **changes: Any) -> Path:

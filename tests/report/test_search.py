@@ -77,16 +77,16 @@ def test_of_several_lines_of_one_trial_the_last_wins(write_search):
 
 def test_a_parent_is_found_from_the_folder_of_the_search(write_search, tmp_path, monkeypatch):
     folder = write_search([{"sparsity": 0.5}])
-    append(folder, parent="pretrain-0.5", pretrain={})
+    append(folder, parent="pretrain-0.5", model={})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     (cell,) = read_search(folder).cells
     assert cell.sparsity == 0.5
-    append(folder, parent="nowhere", pretrain={"sparsity.target": 0.25})
+    append(folder, parent="nowhere", model={"sparsity.target": 0.25})
     (cell,) = read_search(folder).cells
     assert (cell.sparsity, cell.trials[0].counted) == (0.25, None)
-    append(folder, parent=None, pretrain=None)
+    append(folder, parent=None, model=None)
     (cell,) = read_search(folder).cells
     assert (cell.sparsity, cell.trials[0].counted) == (0.0, 1e12)  # of its own run: nothing else is known
 
@@ -244,10 +244,35 @@ def test_many_numbers_are_cut_into_quartiles(write_search):
 
 
 def test_labels_tell_cells_apart(write_search):
-    trials = [{"sparsity": 0.5, "pretrain": {"sparsity.target": 0.5, "sparsity.distribution.type": kind}} for kind in ("er", "uniform")]
+    trials = [{"sparsity": 0.5, "model": {"sparsity.target": 0.5, "sparsity.distribution.type": kind}} for kind in ("er", "uniform")]
     cells = read_search(write_search([*trials, {"sparsity": 0.0}])).cells
     assert labels(cells) == ["dense", "50 %, type=er", "50 %, type=uniform"]
     assert settings_text({"a.lr": 1e-4, "b.lr": 2, "c.on": True}) == "a.lr=0.0001, b.lr=2, on=true"
+
+
+def test_pruned_models(write_search, tmp_path):
+    """Of a pruning no FLOPs are counted; the dense cell starts from the model that was pruned, which costs nobody anything."""
+    trials = []
+    for sparsity, method in ((0.0, None), (0.5, "wanda"), (0.5, "sparsegpt")):
+        model = {"sparsity.target": sparsity} | ({"method.type": method} if method else {})
+        parent = str(tmp_path / f"pruned-{method}") if method else None
+        changes = {"flops__counted": 1e12 * (1 - sparsity / 2), "sparsity__target": sparsity}
+        trials += [trial | {"model": model, "parent": parent, "changes": changes} for trial in seeds(sparsity, 30.0, 30.2)]
+        if method:
+            (tmp_path / f"pruned-{method}").mkdir()
+            summary = {"verb": "prune", "sparsity": {"target": sparsity}, "seconds": 7.0}
+            (tmp_path / f"pruned-{method}" / "summary.json").write_text(json.dumps(summary))
+    prune = {"files": ["prune.yaml"], "space": {"sparsity.target": {"choice": [0, 0.5]}}}
+    facts = write_report(folder := write_search(trials, pretrain=None, prune=prune))
+    cells = facts["tasks"][0]["cells"]
+    assert [cell["label"] for cell in cells] == ["dense", "50 %, type=wanda", "50 %, type=sparsegpt"]
+    assert [(cell["counted_flops"], cell["seconds"]) for cell in cells] == [(1e12, 100.0), (0.75e12, 107.0), (0.75e12, 107.0)]
+    assert "prune.method.type" in facts["tasks"][0]["importance"]
+    page = (folder / "report.html").read_text()
+    assert "What trained the model that was pruned is in neither" in page
+    assert "whose config.yaml tells how that was pruned" in page
+    assert "| pruning | sparsity.target | choice: 0, 0.5 |" in (folder / "report.md").read_text()
+    assert {row["prune.method.type"] for row in table(folder)} == {"", "wanda", "sparsegpt"}
 
 
 def test_sixteen_cells_look_different(write_search):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from raysparse.config import ConfigError
 from raysparse.losses import cross_entropy_sum, kl_sum
 from raysparse.models.build import blocks, build
-from raysparse.models.features import BlockOutputs
+from raysparse.models.features import BlockOutputs, ChosenLogits
 from raysparse.train.distill import Distillation, DistillationConfig
 from raysparse.train.loop import forward_backward, train
 from tests.ranks import spawn
@@ -172,12 +172,25 @@ def test_a_distillation_that_teaches_nothing_is_refused():
         DistillationConfig.check({"teacher": "it", "feature": 0})
 
 
-def flops(folder: str) -> tuple[float, float]:
-    t, state = assemble(folder, sections(), SPARSE)
+def flops(folder: str, logit: float) -> tuple[float, float, float]:
+    t, state = assemble(folder, sections(ALL | {"logit": logit}), SPARSE)
     train(t, state)
-    return t.ledger.teacher.total, t.ledger.dense.total
+    return t.ledger.teacher.total, t.ledger.dense.total, t.ledger.dense.head
 
 
-def test_the_ledger_counts_the_teacher_apart(tmp_path):
-    teacher, dense = spawn(flops, 1, str(tmp_path))[0]
-    assert teacher == pytest.approx(dense / 3)
+@pytest.mark.parametrize("logit", [0.0, 1.0])
+def test_the_ledger_counts_the_teacher_apart(tmp_path, logit):
+    """Its head is computed for tokens that are predicted, here all of them, and only if the loss asks for logits."""
+    teacher, dense, head = spawn(flops, 1, str(tmp_path), logit)[0]
+    assert teacher == pytest.approx((dense if logit else dense - head) / 3)
+
+
+def test_logits_of_chosen_tokens_alone():
+    model = build(config().model, 3, context=CONTEXT)
+    head, ids = ChosenLogits(model), torch.arange(8).view(2, 4)
+    whole, chosen = model(input_ids=ids).logits, torch.tensor([[True, False, False, True], [False, True, False, False]])
+    with head.of(chosen):
+        torch.testing.assert_close(model(input_ids=ids).logits, whole[chosen])
+    with head.of(torch.zeros_like(chosen)):
+        assert model(input_ids=ids).logits.shape == (0, whole.shape[-1])
+    assert torch.equal(model(input_ids=ids).logits, whole)

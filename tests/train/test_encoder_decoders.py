@@ -148,12 +148,18 @@ def test_a_run_that_died_goes_on_exactly(alone, tmp_path):
     assert differences(expected, resumed) == []
 
 
-def counted(folder: str, kind: str) -> tuple[float, float, float, float]:
-    """Of the first step: dense FLOPs, those of the teacher, tokens, and what the encoder reads of each row."""
+def counted(folder: str, kind: str) -> tuple[float, ...]:
+    """Of the first step: dense FLOPs, those of the teacher, tokens, those that are predicted, and what the encoder reads of each row."""
     t, state = assemble(folder, sections(kind), SPARSE)
     t.pace = type(t.pace)(**vars(t.pace) | {"steps": 1})
     state = train(t, state)
-    return t.ledger.dense.total, t.ledger.teacher.total, state.tokens, t.feed.batch(0, [0]).source_length
+    return (
+        t.ledger.dense.total,
+        t.ledger.teacher.total,
+        state.tokens,
+        t.feed.batch(0, range(6)).num_targets,
+        t.feed.batch(0, [0]).source_length,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,11 +168,12 @@ def test_the_ledger_counts_source_and_target(kind, tmp_path):
     from raysparse.models.multiplied import flops_architecture
     from raysparse.sparsity.flops import training_flops
 
-    dense, teacher, tokens, source = spawn(counted, 1, str(tmp_path), kind)[0]
+    dense, teacher, tokens, predicted, source = spawn(counted, 1, str(tmp_path), kind)[0]
     arch = flops_architecture(skeleton(config(model=ENCODER_DECODERS[kind]).model, context=CONTEXT, kinds=ANY_KIND))
     assert (tokens, source) == (6 * CONTEXT, 20 if kind == "whisper" else 2 * CONTEXT)
-    assert dense == training_flops(arch, 1.0, tokens, CONTEXT, "spdf", source=source).total
-    assert teacher == pytest.approx(dense / 3)
+    flops = training_flops(arch, 1.0, tokens, CONTEXT, "spdf", source=source)
+    assert dense == flops.total
+    assert teacher == pytest.approx((dense - flops.head * (1 - predicted / tokens)) / 3)  # its head sees what is predicted alone
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,3 +37,19 @@ def search_values(pretrain_values: dict[str, Any], tmp_path: Path) -> Callable[.
         "tasks": {"pairs": {"files": [str(tmp_path / "finetune.yaml")], "space": {"optimizer.lr": {"choice": [1e-2, 1e-9]}}}},
     }
     return lambda **changes: merge(values, changes)
+
+
+@pytest.fixture
+def pruned_values(search_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``pruned_values(**changes)`` -> the same of one model, ``runs/dense``: as it is and pruned to 50 % in two ways, each fine-tuned with
+    the dense one as its teacher."""
+    values = search_values()
+    data = yaml.safe_load((tmp_path / "finetune.yaml").read_text())
+    calibration = {"samples": 8, "batch": 4, "validation_sequences": 4}
+    prune = {"model": {"path": "runs/dense"}, "sparsity": {"target": 0.5}, "context": 16, "calibration": calibration}
+    (tmp_path / "prune.yaml").write_text(yaml.safe_dump(prune | {key: data[key] for key in ("task", "cache_dir")}))
+    space = {"sparsity.target": {"choice": [0.0, 0.5]}, "method.type": {"choice": ["magnitude", "wanda"]}}
+    values |= {"pretrain": None, "prune": {"files": [str(tmp_path / "prune.yaml")], "space": space}}
+    task = values["tasks"]["pairs"] | {"set": {"distillation": {"teacher": "runs/dense"}}}
+    values["tasks"] = {"pairs": task | {"space": {"distillation.feature": {"choice": [0.5, 1.0]}}}}
+    return lambda **changes: merge(values, changes)

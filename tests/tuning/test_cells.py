@@ -51,7 +51,7 @@ def test_a_resumed_scheduler_knows_what_trials_have_left(search_values):
     run.mkdir(parents=True)
     lines = [{"step": step, "steps": 100, "tokens": step, "validation_loss": 25 / step} for step in (25, 50)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 25, "tokens": 25, "loss": 3.0}, *lines]))
-    record = {"folder": "trials/past", "status": "stopped", "task": "pairs", "pretrain": {"sparsity.target": 0.75}, "params": {}, "seed": 0}
+    record = {"folder": "trials/past", "status": "stopped", "task": "pairs", "model": {"sparsity.target": 0.75}, "params": {}, "seed": 0}
     record |= {"parent": None, "command": "", "metric": "validation_loss", "lower_is_better": True, "objective": 0.5, "error": None}
     write_record(path, record | {"exported": False})
     own = scheduler(search_values)
@@ -78,12 +78,12 @@ def test_cells_take_turns_and_equal_points_other_seeds(searcher):
     for i in range(12):
         points.append(own.suggest(f"t{i}")[POINT])
         own.on_trial_complete(f"t{i}", {OBJECTIVE: points[-1]["params"]["optimizer.lr"], PROGRESS: 100})
-    assert [point["pretrain"]["sparsity.target"] for point in points] == [0.0, 0.75] * 6
+    assert [point["model"]["sparsity.target"] for point in points] == [0.0, 0.75] * 6
     assert own.suggest("t12") == own.FINISHED
     assert len({Point(**point).digest for point in points}) == 12
     for sparsity in (0.0, 0.75):
         for lr in (1e-2, 1e-3):
-            same = [p["seed"] for p in points if p["pretrain"]["sparsity.target"] == sparsity and p["params"]["optimizer.lr"] == lr]
+            same = [p["seed"] for p in points if p["model"]["sparsity.target"] == sparsity and p["params"]["optimizer.lr"] == lr]
             assert same == [7, 8, 9, 10, 11, 12][: len(same)]
 
 
@@ -103,9 +103,9 @@ def test_score_and_flops_are_weighed_over_models(searcher):
     points = []
     for i in range(80):
         points.append(own.suggest(f"t{i}")[POINT])
-        dense = points[-1]["pretrain"]["sparsity.target"] == 0
+        dense = points[-1]["model"]["sparsity.target"] == 0
         own.on_trial_complete(f"t{i}", {OBJECTIVE: 1.0, FLOPS: 3.0 if dense else 1.0})
-    dense = [point["pretrain"]["sparsity.target"] == 0 for point in points]
+    dense = [point["model"]["sparsity.target"] == 0 for point in points]
     assert 4 < sum(dense[:20]) < 16
     assert sum(dense[60:]) < 0.5 * sum(dense[:20])
     assert own.suggest("t80") == own.FINISHED

@@ -53,7 +53,7 @@ def test_two_levels_from_nothing_to_the_page(ray_instance, search_values, pretra
     config = SearchConfig.check(search_values())
     facts, text = driver.search(config, resume=False)
     trials = read_search(config.path).trials
-    assert {(t.status, t.pretrain["sparsity.target"], t.params["optimizer.lr"]) for t in trials} == {
+    assert {(t.status, t.model["sparsity.target"], t.params["optimizer.lr"]) for t in trials} == {
         ("finished", sparsity, lr) for sparsity in (0.0, 0.75) for lr in (1e-2, 1e-9)
     }
     assert all(cell.best == {"optimizer.lr": 1e-2} for cell in read_search(config.path).cells)
@@ -77,7 +77,7 @@ def assert_as_by_hand(config, trials, pretrain_values, tmp_path, capsys):
     plain = {key: value for key, value in pretrain_values.items() if key != "sparsity"} | {"kernels": "dense"}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
     assert main(["pretrain", str(tmp_path / "plain.yaml"), "--local", "run.name=plain"]) == 0
-    dense = next(t for t in trials if t.pretrain["sparsity.target"] == 0 and t.params["optimizer.lr"] == 1e-2)
+    dense = next(t for t in trials if t.model["sparsity.target"] == 0 and t.params["optimizer.lr"] == 1e-2)
     capsys.readouterr()
     words = [*shlex.split(dense.command)[1:], f"model.path={config.path.parent / 'plain'}", "run.name=by_hand"]
     assert main([*words, "--local", "--json"]) == 0
@@ -87,6 +87,33 @@ def assert_as_by_hand(config, trials, pretrain_values, tmp_path, capsys):
     folders = config.path.parent / "by_hand", config.path / dense.folder
     here, there = (load_file(folder / "export" / "model.safetensors") for folder in folders)
     assert all(here[name].equal(there[name]) for name in here | there)
+
+
+@pytest.mark.slow
+def test_pruned_models_from_nothing_to_the_page(ray_instance, pruned_values, pretrain_values, tmp_path, capsys):
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(pretrain_values))
+    assert main(["pretrain", str(tmp_path / "model.yaml"), "--local", "run.name=dense", "sparsity.target=0"]) == 0
+    dense = str(Path(pretrain_values["run"]["folder"]) / "dense")
+    values = pruned_values(prune={"set": {"model": {"path": dense}}, "space": {"method.type": {"choice": ["wanda"]}}})
+    values["tasks"]["pairs"]["set"]["distillation"]["teacher"] = dense
+    config = SearchConfig.check(values)
+    facts, _ = driver.search(config, resume=False)
+    assert [cell["label"] for cell in facts["tasks"][0]["cells"]] == ["dense", "50 %"]
+    trials = read_search(config.path).trials
+    assert {(t.status, t.sparsity, t.run.summary["sparsity"]["actual"], t.params["distillation.feature"]) for t in trials} == {
+        ("finished", sparsity, sparsity, weight) for sparsity in (0, 0.5) for weight in (0.5, 1.0)
+    }
+    assert all(t.run.summary["flops"]["teacher"] > 0 for t in trials)
+    assert {t.parent is None for t in trials if t.sparsity == 0} == {True}
+    written = {file: file.stat().st_mtime_ns for file in config.path.parent.rglob("summary.json")}
+    assert len(written) == 1 + 1 + 4
+    driver.search(config.model_copy(update={"tolerance": 3.0}), resume=True)
+    assert {file: file.stat().st_mtime_ns for file in config.path.parent.rglob("summary.json")} == written
+
+    capsys.readouterr()
+    for trial in (next(t for t in trials if t.sparsity == sparsity) for sparsity in (0, 0.5)):
+        assert main([*shlex.split(trial.command)[1:], "--local", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == trial.run.summary["loss"]
 
 
 def test_hopeless_and_failing_trials(ray_instance, search_values, model):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from raysparse.config import ConfigError, load, merge
-from raysparse.recipes.finetune import FinetuneConfig
-from raysparse.recipes.pretrain import PretrainConfig
+from raysparse.recipes import CONFIGS
 from tuning import check as driver
 from tuning.config import SearchConfig
 from tuning.domain import Domain, combinations, draw
-from tuning.space import Point, Search, flat, nested
+from tuning.first import Level
+from tuning.keys import flat, nested
+from tuning.space import Point, Search
 
 SPACES = sorted(Path(__file__).parents[2].glob("tuning/spaces/*.yaml"))
 PAPER = {"optimizer.lr": 3, "training.sequences": 4}
@@ -85,7 +86,7 @@ def test_an_override_of_a_key_takes_the_place_of_its_values(search_values, tmp_p
 def test_a_grid_has_every_combination_at_every_seed(search_values):
     points = search(search_values(seeds=[3, 5])).points()
     assert len(points) == len({point.digest for point in points}) == 2 * 2 * 2
-    assert {(p.pretrain["sparsity.target"], p.params["optimizer.lr"], p.seed) for p in points} == {
+    assert {(p.model["sparsity.target"], p.params["optimizer.lr"], p.seed) for p in points} == {
         (sparsity, lr, seed) for sparsity in (0.0, 0.75) for lr in (1e-2, 1e-9) for seed in (3, 5)
     }
 
@@ -112,7 +113,7 @@ def test_commands_of_the_shipped_spaces_make_the_trials(file, monkeypatch, tmp_p
     found = Search(load(SearchConfig, [file], [f"run.folder={tmp_path}", "algorithm.type=random"]))
     for point in found.points()[::7]:
         program, verb, *words = shlex.split(found.command(point))
-        kind = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}[verb]
+        kind = CONFIGS[verb]
         files = [word for word in words if "=" not in word]
         again, trial = load(kind, files, words[len(files) :]), found.trial_config(point)
         assert program == "raysparse"
@@ -126,7 +127,7 @@ def test_commands_of_the_shipped_spaces_make_the_trials(file, monkeypatch, tmp_p
 def test_the_papers_grids(file, monkeypatch, tmp_path):
     monkeypatch.chdir(Path(__file__).parents[2])
     found = Search(load(SearchConfig, [file], [f"run.folder={tmp_path}"]))
-    assert [model["sparsity.target"] for model in found.first_level()] == [0, 0.5, 0.75]
+    assert [model["sparsity.target"] for model, _ in found.first_level()] == [0, 0.5, 0.75]
     for task, space in found.space.items():
         expected = {"optimizer.lr": 6} if task == "curation" else PAPER
         assert {key: len(domain.choice) for key, domain in space.items()} == expected
@@ -136,17 +137,17 @@ def test_the_papers_grids(file, monkeypatch, tmp_path):
 
 def test_models_are_shared_by_all_searches_of_a_folder(search_values):
     one, other = search(search_values()), search(search_values(run={"name": "other", "threads": 2}, seeds=[4]))
-    assert one.pretrain_config({"sparsity.target": 0.75}).run.path == other.pretrain_config({"sparsity.target": 0.75}).run.path
+    assert one.model_config({"sparsity.target": 0.75}).run.path == other.model_config({"sparsity.target": 0.75}).run.path
     third = search(search_values(run={"seed": 1}))
-    assert third.pretrain_config({"sparsity.target": 0.75}).run.path != one.pretrain_config({"sparsity.target": 0.75}).run.path
-    assert one.pretrain_config({"sparsity.target": 0.75}).run.seed == 0
+    assert third.model_config({"sparsity.target": 0.75}).run.path != one.model_config({"sparsity.target": 0.75}).run.path
+    assert one.model_config({"sparsity.target": 0.75}).run.seed == 0
 
 
 def test_without_tasks_sparsity_sets_cells_apart(search_values):
     values = search_values(pretrain={"space": {"optimizer.lr": {"choice": [1e-2, 1e-3]}}}, seeds=[0, 1])
     values["tasks"] = {}
     found = search(values)
-    assert [point.pretrain for point in found.points()[::4]] == [{"sparsity.target": 0.0}, {"sparsity.target": 0.75}]
+    assert [point.model for point in found.points()[::4]] == [{"sparsity.target": 0.0}, {"sparsity.target": 0.75}]
     assert len(found.points()) == 2 * 2 * 2
     config = found.trial_config(found.points()[-1])
     assert (config.sparsity.target, config.optimizer.lr, config.run.seed) == (0.75, 1e-3, 1)
@@ -158,6 +159,89 @@ def test_without_a_first_level_models_set_cells_apart(search_values):
     found = search(values)
     assert [cell for _, cell in found.cells()] == [{"model.path": "runs/a"}, {"model.path": "runs/b"}]
     assert {found.trial_config(point).model.path for point in found.points()} == {"runs/a", "runs/b"}
+
+
+def test_pruned_models_set_cells_apart(pruned_values):
+    """The dense one is the model itself, whatever else is set beside sparsity 0, and lifts no masks: it has none."""
+    found = search(pruned_values())
+    assert found.models("pairs") == [
+        {"sparsity.target": 0},
+        {"sparsity.target": 0.5, "method.type": "magnitude"},
+        {"sparsity.target": 0.5, "method.type": "wanda"},
+    ]
+    made = [config for _, config in found.first_level()]
+    assert [(config.sparsity.target, config.method.type, config.model.path) for config in made] == [
+        (0.5, "magnitude", "runs/dense"),
+        (0.5, "wanda", "runs/dense"),
+    ]
+    assert len({config.run.path for config in made}) == 2
+    assert {config.run.path.parent for config in made} == {found.path.parent / "pruned"}
+    configs = [found.trial_config(Point("pairs", model, {"distillation.feature": 0.5}, 0)) for model in found.models("pairs")]
+    assert [(config.model.path, config.sparsity.masks) for config in configs] == [
+        ("runs/dense", "lift"),
+        *((str(config.run.path), "keep") for config in made),
+    ]
+    assert {(config.distillation.teacher, config.distillation.feature) for config in configs} == {("runs/dense", 0.5)}
+    assert [found.parent(Point("pairs", model, {}, 0)) for model in found.models("pairs")] == [None, *(config.run.path for config in made)]
+
+
+def test_layers_of_their_own_are_pruned_at_target_0(pruned_values):
+    found = search(pruned_values(prune={"set": {"sparsity": {"layers": {"*attn*": 0.5}}}}))
+    assert [config.sparsity.target for _, config in found.first_level()] == [0, 0, 0.5, 0.5]
+
+
+def test_commands_of_pruned_models_make_the_trials(pruned_values):
+    found = search(pruned_values())
+    for point in found.points():
+        _, verb, file, *words = shlex.split(found.command(point))
+        assert verb == "finetune"
+        assert merge(load(CONFIGS[verb], [file], words).model_dump(), {"run": {"name": "", "folder": ""}}) == merge(
+            found.trial_config(point).model_dump(), {"run": {"name": "", "folder": ""}}
+        )
+
+
+def test_every_search_of_a_folder_shares_what_was_pruned(pruned_values):
+    def folders(**changes):
+        return {config.run.path for _, config in search(pruned_values(**changes)).first_level()}
+
+    assert folders() == folders(run={"name": "other", "threads": 2}, seeds=[4])
+    assert not folders() & folders(run={"seed": 1})  # of which samples are drawn
+    assert not folders() & folders(prune={"set": {"model": {"path": "runs/other"}}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pretrain": {"files": ["x.yaml"]}}, r"Expected pretrain or prune to make .* Got both\. Drop one"),
+        ({"tasks": None}, r"Expected pretrain or tasks\. Got prune alone: it is the tasks"),
+        ({"prune": {"space": {"sparsity.target": {"choice": [0.5, 1.5]}}}}, r"prune at .*sparsity\.target=1\.5"),
+        ({"prune": {"space": {"sparsity.targets": {"choice": [0.5]}}}}, r"(?s)prune at .*sparsity\.targets: no such key"),
+        ({"prune": {"space": {"sparsity.target": {"choice": [0]}}}}, r"Got 0 alone, which is the model as it is\. Add one, or leave prune"),
+        ({"prune": {"space": {"model.path": {"choice": ["a", "b"]}}}}, r"one model\.path for all .* Set prune\.set\.model\.path"),
+        ({"prune": {"set": {"model": {"path": None, "preset": "debug"}}}}, r"Expected prune\.set\.model\.path: a trained model"),
+        ({"prune": {"set": {"run": {"seed": 3}}}}, r"prune without run\.seed, which the search sets"),
+        ({"tasks": {"pairs": {"set": {"sparsity": {"masks": "lift"}}}}}, r"tasks\.pairs without sparsity\.masks, .* or leave prune out"),
+        ({"tasks": {"pairs": {"set": {"model": {"path": "runs/x"}}}}}, r"tasks\.pairs without model\.path, which the search sets"),
+        (
+            {"tasks": {"pairs": {"space": {"distillation.feature": {"choice": [0]}}}}},
+            r"Expected distillation\.logit or distillation\.feature",
+        ),
+    ],
+)
+def test_searches_of_pruned_models_that_cannot_be(pruned_values, changes, says):
+    values = merge(pruned_values(), changes)
+    values["tasks"] = values["tasks"] or {}
+    with pytest.raises(ConfigError, match=says):
+        search(values)
+
+
+def test_a_dense_baseline_is_dense(pruned_values, monkeypatch, tmp_path):
+    """The model that is pruned has masks: at sparsity 0 of the search it would be called dense."""
+    found = search(pruned_values(prune={"set": {"model": {"path": str(tmp_path)}}}))
+    (tmp_path / "masks.safetensors").touch()
+    monkeypatch.setattr(Level, "check", lambda level, config: "tokenizer")
+    with pytest.raises(ConfigError, match=r"Expected a dense model at .* for sparsity\.target 0 of prune\.space.* Leave 0 out"):
+        driver.check(found)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +280,10 @@ def test_flat_and_nested_are_inverse():
 
 def test_too_little_disk_is_said_with_its_arithmetic(search_values, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(ConfigError, match=r"Expected about .* of disk .*2 models and 3 trials at a time .*2 cells.* Got 1\.0 kB free"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Expected about .* of disk .*2 models \(40 bytes a parameter\) and 3 trials at a time \(40\) .*2 cells.* Got 1\.0 kB free",
+    ):
         driver.check_disk(search(search_values()), 3)
 
 
