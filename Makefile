@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DATA ?= data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo tune-demo test test-slow chaos soak gpu-cluster fuzz check format bench clean
+.PHONY: help setup quickstart mst-demo squarehead-demo squarehead-study tune-demo test test-slow chaos soak gpu-cluster fuzz check format bench clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed ## create .venv and install raysparse with its pinned dependencies
 
@@ -17,6 +18,16 @@ quickstart: $(VENV)/installed ## pre-train a GPT 75 % sparse and dense, fine-tun
 
 mst-demo: $(VENV)/installed ## pre-train the same GPT dense, static, by RigL and by MST, compare: under 15 minutes on 2 cores
 	$(BIN)/raysparse compare configs/compare/mst_demo.yaml
+
+squarehead-demo: $(VENV)/installed ## prune a GPT to 75 %, fine-tune it from data, by KL and by SquareHead, compare: under 15 minutes on 2 cores
+	$(BIN)/raysparse recover configs/recover/docstrings.yaml
+
+squarehead-study: $(VENV)/installed-dev ## that of a GPT, a T5 and a Whisper at 50, 75 and 90 %, 3 seeds each; goes on where it was; DATA=FOLDER
+	$(BIN)/raysparse recover configs/recover/docstrings.yaml levels=[0.5,0.75,0.9] seeds=[0,1,2] run.name=docstrings-study
+	$(BIN)/raysparse recover configs/recover/tiny_translation.yaml $(foreach split,train validation,\
+		teacher.set.task.data.$(split)=$(DATA)/multi30k_en_de/$(split).jsonl.gz) \
+		teacher.set.task.data.test=$(DATA)/multi30k_en_de/test_2016_flickr.jsonl.gz
+	$(BIN)/raysparse recover configs/recover/tiny_speech.yaml teacher.set.task.data.path=$(DATA)/speech_fsdd
 
 tune-demo: $(VENV)/installed ## search sparsity and learning rate for the docstring task, end in a page: under 15 minutes on 2 cores
 	$(BIN)/raysparse tune tuning/spaces/demo.yaml --resume

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.ship import Parcel
 from raysparse.config import Config, ConfigError, merge
-from raysparse.recipes import CONFIGS, MODULES, compare, grid, training
-from raysparse.recipes.compare import CompareConfig
+from raysparse.recipes import CONFIGS, GROUPS, MODULES, grid, training
+from raysparse.recipes.compare import StageConfig
 from raysparse.recipes.plan import plan
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.train.run import RunConfig
@@ -21,7 +21,7 @@ from tuning.space import MODELS, Search
 
 KINDS: dict[str, type[Config]] = CONFIGS | {"tune": SearchConfig}
 """Verb -> its config."""
-WORDS = ("path", "paths", "files", "masks")
+WORDS = ("path", "paths", "files", "teacher", "masks")
 """Keys whose values name files; beside them the splits of `type: files` and the name of `type: hub`."""
 OF_ONE_NODE = ("/tmp", "/var/tmp", "/dev", "/run", "/proc")
 """Each node has its own."""
@@ -36,15 +36,14 @@ class Node:
 
 
 def stages(config: Any) -> dict[str, Any]:
-    """Prefix of keys -> config, of all that one submission runs: itself, stages of a comparison, a search's models and a trial a task."""
+    """Prefix of keys -> config, of all that one submission runs: itself, stages of a group, a search's models and a trial a task."""
     if isinstance(config, SearchConfig):
         whole = Search(config)
         models = map(whole.pretrain_config, whole.first_level())
         trials = {f"{task or 'pretrain'}: ": whole.trial_config(whole.some_point(task)) for task in whole.space}
         return {f"{model.run.name}: ": model for model in models} | trials
-    if not isinstance(config, CompareConfig):
-        return {"": config}
-    return {f"{name}: ": one for name, one in (compare.pretrain_configs(config) | compare.finetune_configs(config)).items()}
+    group = _group(config)
+    return {"": config} if group is None else {f"{name}: ": one for name, one in group.stages(config).items()}
 
 
 def check_config(config: Any, parcel: Parcel, whole_grid: bool) -> list[str]:
@@ -60,8 +59,8 @@ def check_config(config: Any, parcel: Parcel, whole_grid: bool) -> list[str]:
             grid.points(here)
         if not left:
             _dry_run(here, whole_grid)
-        elif isinstance(here, CompareConfig):
-            compare.check(here)
+        elif (group := _group(here)) is not None:
+            group.check(here)
         elif isinstance(here, PretrainConfig) and not any(word.startswith(("model.", "sparsity.")) for word in left):
             plan(here)
         elif isinstance(here, training.TrainingRunConfig):
@@ -72,12 +71,10 @@ def check_config(config: Any, parcel: Parcel, whole_grid: bool) -> list[str]:
 def check_paths(config: Any, parcel: Parcel) -> list[str]:
     """Raise a `ConfigError` if a relative path of the config names a file that is not shipped; returns those that only the cluster has."""
     found = {(f"{prefix}{key}", word): None for prefix, one in stages(config).items() for key, word in paths_of(one)}
-    if isinstance(config, CompareConfig):
-        own = {"pretrain": config.pretrain, "finetune": config.finetune}
-    elif isinstance(config, SearchConfig):
+    if isinstance(config, SearchConfig):
         own = {"pretrain": config.pretrain} | {f"tasks.{name}": stage for name, stage in config.tasks.items()}
     else:
-        own = {}
+        own = {name: stage for name, stage in dict(config).items() if isinstance(stage, StageConfig)}
     found |= {(f"{key}.files", word): None for key, stage in own.items() if stage is not None for word in stage.files}
     left = []
     for key, word in found:
@@ -95,7 +92,7 @@ def _made_on_the_way(config: Any) -> list[Path]:
     """Folders of what an earlier stage will write."""
     if isinstance(config, SearchConfig):
         return [config.path.parent / MODELS]
-    return [config.run.path] if isinstance(config, CompareConfig) else []
+    return [] if _group(config) is None else [config.run.path]
 
 
 def paths_of(config: Config) -> list[tuple[str, str]]:
@@ -178,11 +175,16 @@ def _amounts(node: Node) -> str:
     return ", ".join(f"{node.resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or name in node.resources)
 
 
+def _group(config: Any) -> Any:
+    """The module of a config of several stages, else None."""
+    return next((module for verb, module in GROUPS.items() if type(config) is CONFIGS[verb]), None)
+
+
 def _dry_run(config: Any, whole_grid: bool) -> None:
     if whole_grid:
         grid.dry_run(config)
-    elif isinstance(config, CompareConfig):
-        compare.dry_run(config)
+    elif (group := _group(config)) is not None:
+        group.dry_run(config)
     elif isinstance(config, SearchConfig):
         search.dry_run(config)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysparse.config import load
 
-RUNS = ("pretrain", "prune", "finetune", "evaluate", "zeroshot", "compare", "tune")
+RUNS = ("pretrain", "prune", "finetune", "evaluate", "zeroshot", "compare", "gradual", "recover", "tune")
 """Verbs that start runs."""
 
 SUBMIT_HELP = (

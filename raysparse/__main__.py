@@ -12,6 +12,7 @@ raysparse export    run=runs/quickstart to=models/quickstart    any checkpoint -
 raysparse export    run=runs/quickstart to=models/packed format=packed dtype=int8
 raysparse generate  model=models/packed prompt="Once upon"      text, tokens/s, and the bytes of weights that a token reads
 raysparse gradual   configs/gradual/docstrings.yaml             pruned and fine-tuned level by level, down to 90 %
+raysparse recover   configs/recover/docstrings.yaml             pruned, then tuned from the data, by KL and by SquareHead: what comes back?
 raysparse compare   configs/compare/quickstart.yaml             dense against sparse, pre-training to task score
 raysparse compare   configs/compare/mst_demo.yaml               dense, static, RigL, MST: loss, density, churn, FLOPs
 raysparse tune      tuning/spaces/docstrings.yaml               how sparse may it be for my task? a search on Ray Tune
@@ -67,6 +68,9 @@ HELP = {
              "or {randint: [a, b]} in a space; PATH.KEY is any key of `raysparse pretrain --keys` or `finetune --keys`."),
     "gradual": ("prune a trained model in stages, each fine-tuned with its mask kept", "Levels are SquareHead's eight, 50 to 90 %, unless "
                 "told otherwise. All stages run in one worker group; the same command goes on. Ends with a table of losses and scores."),
+    "recover": ("prune a dense model of a task to several levels, fine-tune each in several ways, compare", "The teacher is "
+                "trained first. `ways` names the ways: from the data alone, by KL, by SquareHead (arXiv:2310.06927). Every stage is a run; "
+                "the same command goes on. Ends with a table over levels and seeds, and report.html."),
     "compare": ("pre-train a dense twin and sparse models, fine-tune all, compare", "Runs all stages in one worker group and ends with a "
                 "table and report.html. `methods` names the pre-trainings, one of them dense; without finetune they are all."),
 }  # fmt: skip
@@ -176,6 +180,7 @@ EXAMPLES = {
     "generate": "model=models/tiny prompt=Once max_new_tokens=20 dtype=bfloat16 temperature=0.8",
     "tune": "tuning/spaces/docstrings.yaml run.name=search algorithm.type=random",
     "gradual": "configs/gradual/docstrings.yaml model.path=runs/tiny levels=[0.5,0.75]",
+    "recover": "configs/recover/docstrings.yaml levels=[0.75] seeds=[0,1] run.name=two-seeds",
     "compare": "configs/compare/quickstart.yaml sparsity=0.5 run.name=half",
 }
 
@@ -248,9 +253,8 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
 
 
 def _verb(verb: str) -> Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]:
-    return {"plan": _plan, "export": _export, "generate": _generate, "compare": _stages, "gradual": _stages, "tune": _tune}.get(
-        verb, _train
-    )
+    found = {"plan": _plan, "export": _export, "generate": _generate, "tune": _tune}
+    return found.get(verb, _stages if verb in ("compare", "gradual", "recover") else _train)
 
 
 def _plan(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -299,12 +303,12 @@ def _generate(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 
 def _stages(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from raysparse.recipes import compare, gradual
+    from raysparse.recipes import GROUPS
 
-    check, run = {"compare": (compare.dry_run, compare.compare), "gradual": (gradual.dry_run, gradual.gradual)}[args.verb]
+    module = GROUPS[args.verb]
     if args.dry_run:
-        return check(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
-    return run(config, lambda jobs: carry_out(jobs, config.run, args.local))
+        return module.dry_run(config), f"{config.to_yaml()}\nThe config is sound. Nothing was started."
+    return getattr(module, args.verb)(config, lambda jobs: carry_out(jobs, config.run, args.local))
 
 
 def _tune(config: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ from raysparse.recipes.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS = ("pretrain", "prune", "gradual", "finetune", "evaluate", "zeroshot", "compare")
+KINDS = ("pretrain", "prune", "gradual", "recover", "finetune", "evaluate", "zeroshot", "compare")
 VERBS = dict(zip(KINDS, KINDS, strict=True)) | {"configs": "pretrain"}
 
 

@@ -59,7 +59,7 @@ def flops_architecture(model: "PreTrainedModel") -> Architecture:
 
 
 def sees_source(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
-    """The weights among `names` that read what an encoder reads or gives: its own, and the keys and values of the decoder's attention to it."""
+    """The weights among `names` that see positions of the source: an encoder's own, and keys and values of the attention to it."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return frozenset()
     own = {id(parameter) for parameter in cast("PreTrainedModel", model).get_encoder().parameters()}

@@ -5,7 +5,7 @@ last of them gave, unrun, and the forward ends behind the block in question. A w
 embeddings once more for each.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch

@@ -3,12 +3,16 @@
 from typing import Any
 
 from raysparse.config import Config
-from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, zeroshot
+from raysparse.recipes import compare, evaluate, export, finetune, generate, gradual, pretrain, prune, recover, zeroshot
 from raysparse.recipes.job import Job
 from raysparse.report import bytes_text
 
 MODULES: dict[str, Any] = {"pretrain": pretrain, "prune": prune, "finetune": finetune, "evaluate": evaluate, "zeroshot": zeroshot}
 """Verb -> module with ``open_run(config) -> Job``, ``work(job, run) -> summary`` and ``dry_run(config) -> facts``."""
+
+GROUPS: dict[str, Any] = {"compare": compare, "gradual": gradual, "recover": recover}
+"""Verb of several stages -> module with ``stages(config) -> stage -> config``, ``check(config)`` of what needs no files,
+``dry_run(config) -> facts`` and a function of the verb's name, ``(config, launch) -> (facts, text)``."""
 
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": pretrain.PretrainConfig,
@@ -19,6 +23,7 @@ CONFIGS: dict[str, type[Config]] = {
     "export": export.ExportConfig,
     "generate": generate.GenerateConfig,
     "gradual": gradual.GradualConfig,
+    "recover": recover.RecoverConfig,
     "compare": compare.CompareConfig,
 }
 """Verb -> its config."""

@@ -107,6 +107,11 @@ def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
     return configs
 
 
+def stages(config: CompareConfig) -> dict[str, PretrainConfig | FinetuneConfig]:
+    """Stage -> config, all of them in order."""
+    return {**pretrain_configs(config), **finetune_configs(config)}
+
+
 def finetune_configs(config: CompareConfig) -> dict[str, FinetuneConfig]:
     """Stage -> config: dense from dense, dense from sparse (SPDF), and sparse from what ends sparse."""
     if config.finetune is None:

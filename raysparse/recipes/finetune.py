@@ -133,7 +133,8 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know.
 
     Args:
-        tokenizer_folder: of a model that an earlier stage of the same group will have trained by then.
+        tokenizer_folder: of a model that an earlier stage of the same group will have trained by then; if it holds a model, that
+            one has its shapes.
     """
     training.check_sizes(config)
     evaluate.check_task(config.task)
@@ -143,6 +144,9 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     if tokenizer_folder is None:
         config, tokenizer_folder = with_model(config)
         hf_config = _check_model(config, evaluate.load_tokenizer(tokenizer_folder))
+    elif (Path(tokenizer_folder) / "config.json").exists():
+        like = config.model.model_copy(update={"path": tokenizer_folder})
+        hf_config = architecture(like, len(evaluate.load_tokenizer(tokenizer_folder)), config.context, kinds_for(config.task))
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
     examples = evaluate.store_examples(config.task, config.cache_dir)
     splits = evaluate.load_examples(examples)

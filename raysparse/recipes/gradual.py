@@ -16,6 +16,7 @@ from raysparse.recipes.compare import Launch, StageConfig
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import Job, write_atomically
 from raysparse.recipes.prune import PruneConfig
+from raysparse.recipes.training import check_sizes
 from raysparse.report.table import Block, Table
 from raysparse.train.run import RunConfig
 
@@ -60,11 +61,23 @@ def gradual(config: GradualConfig, launch: Launch) -> tuple[dict[str, Any], str]
 
 def dry_run(config: GradualConfig) -> dict[str, Any]:
     """Check the configs of all stages, and the model."""
+    check(config)
     pairs = stages_of(config)
     folder = prune.model_of(pairs[0][0])
     for pruned, _ in pairs:
         prune.check_model(pruned, folder)
-    return {stage.run.name: stage.model_dump(mode="json") for pair in pairs for stage in pair}
+    return {name: stage.model_dump(mode="json") for name, stage in stages(config).items()}
+
+
+def check(config: GradualConfig) -> None:
+    """What can be told from the configs alone."""
+    for _, tuned in stages_of(config):
+        check_sizes(tuned)
+
+
+def stages(config: GradualConfig) -> dict[str, PruneConfig | FinetuneConfig]:
+    """Stage -> config, all of them in order."""
+    return {stage.run.name: stage for pair in stages_of(config) for stage in pair}
 
 
 def open_runs(config: GradualConfig) -> list[Job]:

@@ -90,6 +90,22 @@ class Topology:
                 sums[i] += counter.mix(part.nonzero().flatten() + start, key).sum().cpu()
         return sums
 
+    def checksums(self) -> Tensor:
+        """[layers] int64 that one or two elements of the masks here never change unnoticed; a tenth of the time of `digest_sums`.
+
+        The sum modulo 2^64 of w_i (2 i + 1), w_i the 8-byte word i plus its upper half: an element that changes adds +-2^k (2 i + 1) or
+        +-2^k (2^32 + 1) (2 i + 1), k <= 24, and in a layer of less than 2^33 elements no two of these add up to 0.
+        """
+        sums, chunk = torch.zeros(len(self.masks), dtype=torch.int64), 1 << 15  # words that stay in a core's cache
+        for i, mask in enumerate(self.masks.values()):
+            flat = mask.flatten().view(torch.uint8)
+            words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64) if len(flat) % 8 else flat.view(torch.int64)
+            odd = 2 * torch.arange(min(chunk, len(words)), device=mask.device) + 1
+            for start, part in zip(itertools.count(0, chunk), words.split(chunk), strict=False):
+                part = part + (part >> 32)
+                sums[i] += ((part * odd[: len(part)]).sum() + 2 * start * part.sum()).cpu()
+        return sums
+
     def digest(self, ranks: Ranks) -> str:
         """Names which weights live, in 32 hex digits: a hash of the whole layers' `digest_sums`."""
         sums = ranks.sum(self.digest_sums()).tolist()

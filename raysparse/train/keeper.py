@@ -75,6 +75,7 @@ class Keeper:
         self._manager = manager() if dist.get_rank() == 0 else None
         self._attempt = 0
         self._sums = torch.zeros(0, dtype=torch.int64)  # digests of this rank's rows of the masks, as they were set
+        self._checks = self._sums  # their `Topology.checksums`
         self._told = False  # the optimizer knows the masks
 
     def begin(self, step: int, history: list[dict[str, Any]]) -> None:
@@ -129,7 +130,7 @@ class Keeper:
         self._agreed(lambda manager: _patiently(lambda: manager.commit(self._attempt, update.version, step, votes, seconds, skipped)))
         if not skipped:
             self._swap(proposal, values, rule.resets_state)
-            self.live, self._sums = dict(update.nnz), after
+            self.live, self._sums, self._checks = dict(update.nnz), after, self.topology.checksums()
         replica = [vote for vote in votes if vote.replica == 0]
         churn = sum(sum(vote.changed) for vote in replica) / sum(self.live.values())
         explored = sum(sum(vote.ever) for vote in replica) / sum(map(math.prod, self.topology.shapes.values()))
@@ -138,6 +139,7 @@ class Keeper:
     def count(self) -> None:
         """Count the live weights anew, after other masks were loaded; every rank calls this."""
         self.live, self._sums = self.topology.nnz(self._sharded.ranks), self.topology.digest_sums()
+        self._checks = self.topology.checksums()
         self._told = set_masks(self._sharded, self._optimizer, self.topology)
 
     def audit(self) -> None:
@@ -146,8 +148,8 @@ class Keeper:
         Raises:
             TrainingError: on every rank, if any rank's are not.
         """
-        now = self.topology.digest_sums()
-        wrong = [name for name, a, b in zip(self.topology.masks, self._sums.tolist(), now.tolist(), strict=True) if a != b]
+        now = self.topology.checksums()
+        wrong = [name for name, a, b in zip(self.topology.masks, self._checks.tolist(), now.tolist(), strict=True) if a != b]
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, wrong, group=self._group)
         if bad := [f"rank {rank}'s of {', '.join(names[:3])}" for rank, names in enumerate(found) if names]:

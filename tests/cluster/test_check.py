@@ -175,6 +175,36 @@ def test_a_comparison_ships_the_files_of_its_stages(values, folder):
         check_storage(merged(config, pretrain={"set": {"data": {"cache_dir": "~/cache"}}}), 2)
 
 
+def test_groups_that_prune_ship_the_files_of_their_stages(folder):
+    data = {"type": "folder", "path": "/shared/pairs"}
+    common = {"model": {"path": "/shared/m"}, "task": {"type": "seq2seq", "data": data, "metrics": ["chrf"]}, "cache_dir": "/shared/cache"}
+    (folder / "tune.yaml").write_text(yaml.safe_dump(common))
+    (folder / "prune.yaml").write_text(yaml.safe_dump(common | {"sparsity": {"target": 0.5}}))
+    stages = {"prune": {"files": ["prune.yaml"]}, "finetune": {"files": ["tune.yaml"]}}
+    run = {"name": "group", "folder": "/shared/runs"}
+    taught = {"files": ["tune.yaml"], "set": {"distillation": {"teacher": "/shared/teacher"}}}
+    gradual = CONFIGS["gradual"].check(stages | {"run": run, "model": {"path": "/shared/m"}, "levels": [0.5], "finetune": taught})
+    recover = CONFIGS["recover"].check(stages | {"run": run, "levels": [0.5], "seeds": [0], "teacher": {"files": ["tune.yaml"]}})
+    assert check_config(gradual, collect(folder), False) == [
+        "prune-0.5: model.path=/shared/m",
+        "prune-0.5: task.data.path=/shared/pairs",
+        "tune-0.5: task.data.path=/shared/pairs",
+        "tune-0.5: distillation.teacher=/shared/teacher",
+    ]  # not the pruned model, which is made on the way
+    assert check_config(recover, collect(folder), False)[:2] == ["teacher: model.path=/shared/m", "teacher: task.data.path=/shared/pairs"]
+    check_storage(recover, 2)
+    for verb, config in (("gradual", gradual), ("recover", recover)):
+        assert Submission(verb, config, False, collect(folder)).entrypoint == f"python -m cluster.begin {verb} {CONFIG}"
+    with pytest.raises(ConfigError, match=r"Set cache_dir to an absolute path"):
+        check_storage(merged(recover, teacher={"set": {"cache_dir": "~/cache"}}), 2)
+    with pytest.raises(ConfigError, match=r"Expected run\.workers to divide training\.sequences"):
+        check_config(merged(gradual, run={"workers": 2}, finetune={"set": {"training": {"sequences": 3}}}), collect(folder), False)
+    (folder / ".gitignore").write_text("prune.yaml\n")
+    for config in (gradual, recover):
+        with pytest.raises(ConfigError, match=r"Expected prune\.files=prune\.yaml to travel"):
+            check_config(config, collect(folder), False)
+
+
 def test_a_search_ships_the_files_of_its_stages(values, folder):
     values["run"].pop("name")
     (folder / "stage.yaml").write_text(yaml.safe_dump(values))

@@ -150,7 +150,9 @@ def test_padding_of_a_source_and_of_an_answer_is_left_out_of_the_layers_that_rea
 
     first, other = sums(source, answer), sums(torch.where(heard, source, 7), torch.where(real, answer, 8))
     assert all(torch.equal(first[name], other[name]) for name in names)
-    of_source = {name for name in names if name.startswith("encoder.") or name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))}
+    of_source = {
+        name for name in names if name.startswith("encoder.") or name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+    }
     assert {name for name in names if float(first[name][-1]) == 14} == of_source
     assert {name for name in names if float(first[name][-1]) == 8} == set(names) - of_source
 

@@ -246,6 +246,31 @@ def test_digest_sums_of_other_masks():
     assert torch.equal(topology.digest_sums(), sums[3])
 
 
+def test_checksums_see_one_or_two_elements_that_changed():
+    rows, cols = 257, 1029  # several chunks, and a last word that is not full
+    mask = torch.rand(rows, cols, generator=torch.Generator().manual_seed(1)) < 0.3
+    topology = Topology({"w": (rows, cols)}, {"w": Rows(0, rows, cols)}, {"w": mask})
+    flat, before = mask.view(-1), topology.checksums()
+    words = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(torch.int64)
+    assert before.tolist() == [int(((words + (words >> 32)) * (2 * torch.arange(len(words)) + 1)).sum())]
+    live, dead = (flat == value for value in (True, False))
+    places = [*torch.randint(flat.numel(), (200,), generator=torch.Generator().manual_seed(2)).tolist(), 0, 7, 8, flat.numel() - 1]
+    found = []
+    for place in places:
+        flat[place] ^= True
+        found.append(int(topology.checksums()))
+        flat[place] ^= True
+    pairs = list(zip(live.nonzero()[:300:7, 0].tolist(), dead.nonzero()[-300::7, 0].tolist(), strict=False))
+    for one, other in pairs:  # as many live weights as before
+        flat[one], flat[other] = False, True
+        found.append(int(topology.checksums()))
+        flat[one], flat[other] = True, False
+    assert len(set(found[: len(places)])) == len(set(places))
+    assert int(before) not in found
+    assert torch.equal(topology.checksums(), before)
+    assert Topology({"w": (4, 3)}, {"w": Rows(4, 0, 3)}, {"w": mask[:0, :3]}).checksums().tolist() == [0]  # a rank without rows
+
+
 def test_digest_sums_by_hand():
     """Of the indices in the whole weight: the same bits in other rows count otherwise."""
     mask = torch.tensor([[True, False, True]])
