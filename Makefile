@@ -89,5 +89,5 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -c constraints.txt -e '.[audio,dev,fairscale,metrics,tune]'
+	$(PIP) -c constraints.txt -e '.[audio,dev,fairscale,int8,metrics,tune]'
 	touch $@

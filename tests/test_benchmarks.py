@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import answers, cpu_kernels, decode, distillation, manager, masks, passes, startup, step, topology, updates
+from benchmarks import answers, cpu_kernels, decode, distillation, int8, manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
 from raysparse.data.tokenizer import TrainTokenizer, train
@@ -283,3 +283,17 @@ def test_answers_are_the_same_and_windows_pad_less(tmp_path):
     assert [(row["settings"], row["same"]) for row in rows] == [("greedy", 4), ("4 beams", 4)]
     found = answers.padding(tokenizer, task, steps=64)
     assert found[64] < found[1]
+
+
+def test_int8_times_every_contestant(tmp_path, capsys):
+    pytest.importorskip("torchao", reason="pip install 'raysparse[int8]'")
+    threads = torch.get_num_threads()
+    try:
+        assert int8.main(["--quick", "--tokens", "1", "40", "--rounds", "3", "--threads", "1", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (result,) = tmp_path.glob("int8-quick_*.json")
+    facts = json.loads(result.read_text())
+    assert {"torch, float32", "torchao, int8", "torchao, int8_weight_only"} <= facts["40 tokens"].keys()
+    assert {len(times) for times in facts["training"].values()} == {3}
+    assert "quantization=int8_weight_only" in capsys.readouterr().out

@@ -123,8 +123,8 @@ print("ok")
 """
 
 
-def test_training_needs_neither_ray_nor_fairscale_nor_tensorboard():
+def test_training_needs_neither_ray_nor_fairscale_nor_tensorboard_nor_torchao():
     """A GPU machine may have none of them."""
-    code = BLOCKED.format(blocked={"ray", "fairscale", "tensorboard"})
+    code = BLOCKED.format(blocked={"ray", "fairscale", "tensorboard", "torchao"})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

@@ -67,9 +67,23 @@ def text(summary: dict[str, Any], job: Job) -> str:
             baseline = f"baseline {task['baseline'][name]:.2f}" if name in task["baseline"] else "no baseline"
             parts = "".join(f", {part} {own['scores'][name]:.2f}" for part, own in task["subsets"].items() if name in own["scores"])
             lines.append(f"{name:<17} {value:.2f} ({baseline}{parts}) on {task['num_examples']:,} examples")
+        lines += _int8(task)
         lines += [f"{name:<17} not scored: it {reason}" for name, reason in task["missing"].items()]
         lines += [f"remark            {task['remark']}"] if task["remark"] else []
     return "\n".join(lines)
+
+
+def _int8(task: dict[str, Any]) -> list[str]:
+    """What these scores are of, beside those of the float32 model."""
+    if "quantization" not in task:
+        return []
+    told, floats = task["quantization"], task["quantization"]["float_scores"]
+    scores = ", ".join(f"{name} {value:.2f} ({task['scores'][name] - value:+.2f} in int8)" for name, value in floats.items())
+    return [
+        f"in float32        {scores}",
+        f"{told['type']:<17} {told['layers']} layers, {told['nnz']:,} live weights of {told['weights']:,}: every zero is still one, "
+        f"{told['rounded_to_zero']:,} more were rounded to it",
+    ]
 
 
 def _cost_of_a_worker(summary: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from raysparse.train.run import RunConfig, resolve_device
 def versions() -> dict[str, str]:
     """Of Python and the packages that a result depends on."""
     found = {"python": platform.python_version(), "raysparse": __version__}
-    for package in ("torch", "ray", "transformers", "datasets", "tokenizers", "fairscale"):
+    for package in ("torch", "ray", "transformers", "datasets", "tokenizers", "fairscale", "torchao"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

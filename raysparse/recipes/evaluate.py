@@ -19,7 +19,7 @@ from tqdm import tqdm
 from raysparse.config import Config, ConfigError
 from raysparse.data import audio
 from raysparse.losses import cross_entropy_sum
-from raysparse.models import packed
+from raysparse.models import int8, packed
 from raysparse.models.build import ModelConfig, architecture, build
 from raysparse.models.hub_config import CAUSAL
 from raysparse.recipes.environment import write_environment
@@ -36,6 +36,10 @@ from raysparse.train.run import Run, RunConfig, resolve_device
 PREDICTIONS = "predictions.jsonl"
 """One line an example: its source, the model's answer, the references, the baseline's answer. Anyone can rescore it."""
 
+FLOAT_PREDICTIONS = "predictions_float.jsonl"
+"""The same of the model before its weights became int8."""
+
+Weights = Literal["dense", "packed", "int8", "int8_weight_only"]
 
 AUDIO = "audio"
 """Among stored examples: split -> folder of its recordings."""
@@ -62,8 +66,9 @@ class EvaluateConfig(Config):
     """Of an encoder-decoder that reads text: tokens of the longest source; longer ones are cut."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    weights: Literal["dense", "packed"] = "dense"
-    """packed: live weights alone are read, on the CPU, in float32 or as model.path was packed (`raysparse export`)."""
+    weights: Weights = "dense"
+    """packed: live weights alone are read, on the CPU, in float32 or as model.path was packed (`raysparse export`). int8: weights and
+    inputs of the blocks' linear layers rounded to 8 bits by torchao, and scored beside the floats; int8_weight_only: the weights alone."""
     cache_dir: str = "~/.cache/raysparse"
     """Where the examples are kept for the workers; with several nodes, on storage they all share."""
 
@@ -74,13 +79,15 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError("Expected model.path for evaluation: a folder, a hub name or a finished run. Got a preset: random weights.")
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
-    if packed.is_packed(folder) and config.weights == "dense":
-        raise ConfigError(f"Expected weights=packed for {folder}. Got weights=dense, and a packed model. Add weights=packed.")
+    if packed.is_packed(folder) and config.weights != "packed":
+        raise ConfigError(f"Expected weights=packed for {folder}. Got weights={config.weights}, and a packed model. Use weights=packed.")
+    if config.weights in int8.KINDS:
+        int8.check_package()
     if config.weights == "packed" and resolve_device(config.run) != "cpu":
         raise ConfigError("Expected run.device=cpu with weights=packed. Got a GPU. Add run.device=cpu, or drop weights=packed.")
     hf_config = None
     if not packed.is_packed(folder):
-        kinds = kinds_for(config.task) if config.weights == "dense" else CAUSAL
+        kinds = CAUSAL if config.weights == "packed" else kinds_for(config.task)
         hf_config = architecture(ModelConfig(path=folder), len(tokenizer), config.context, kinds)
     check_task(config.task)
     examples = store_examples(config.task, config.cache_dir, (config.evaluation.split,))
@@ -118,9 +125,12 @@ def work(job: Job, run: Run) -> dict[str, Any]:
 
 def score_model(
     model_folder: str | Path, out: Path, task: Any, examples: list[Example], context: int, generation: GenerationConfig,
-    evaluation: EvaluationConfig, run: Run, device: str, weights: Literal["dense", "packed"] = "dense", source_context: int = 256,
+    evaluation: EvaluationConfig, run: Run, device: str, weights: Weights = "dense", source_context: int = 256,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`."""
+    """Answer and score examples; every rank calls this, each loads the whole model. Rank 0 writes ``predictions.jsonl`` into `out`.
+
+    Of int8 weights ``quantization`` tells what `int8.quantize` does, and ``float_scores``, of the same model and examples before it.
+    """
     examples = examples[: evaluation.max_examples]
     tokenizer = load_tokenizer(model_folder)
     if packed.is_packed(model_folder):
@@ -131,18 +141,30 @@ def score_model(
             model = packed.pack(model, "float32")
     model.to(device)  # pyrefly: ignore
     reader = Reader(model.config, tokenizer, task, context, source_context)
-    result: dict[str, Any] = {"name": task.type, "primary": task.primary, "split": evaluation.split, "num_examples": len(examples)}
-    result |= {"remark": task.told, "missing": missing(task.metrics), "scores": {}, "baseline": {}, "subsets": {}}
+    facts: dict[str, Any] = {"name": task.type, "primary": task.primary, "split": evaluation.split}
+    if weights in int8.KINDS:
+        floats = score_examples(model, reader, examples, generation, run, out / FLOAT_PREDICTIONS)
+        facts["quantization"] = int8.quantize(model, weights) | {"float_scores": floats["scores"]}
+    return facts | score_examples(model, reader, examples, generation, run, out / PREDICTIONS)
+
+
+def score_examples(
+    model: Any, reader: Reader, examples: list[Example], generation: GenerationConfig, run: Run, file: Path
+) -> dict[str, Any]:
+    """The scores of a model on its rank's device, by the metrics of the reader's task; see `score_model`."""
+    task = reader.task
+    result: dict[str, Any] = {"num_examples": len(examples), "remark": task.told, "missing": missing(task.metrics)}
+    result |= {"scores": {}, "baseline": {}, "subsets": {}}
     if "perplexity" in task.metrics:
         result["scores"]["perplexity"] = perplexity(model, reader, examples, generation.batch_size, run)
     if any(name in METRICS for name in task.metrics):
-        answer_and_score(model, reader, examples, generation, run, out, result)
+        answer_and_score(model, reader, examples, generation, run, file, result)
     result["scores"] = {name: result["scores"][name] for name in task.metrics if name in result["scores"]}
     return result
 
 
 def answer_and_score(
-    model: Any, reader: Reader, examples: list[Example], generation: GenerationConfig, run: Run, out: Path, result: dict[str, Any],
+    model: Any, reader: Reader, examples: list[Example], generation: GenerationConfig, run: Run, file: Path, result: dict[str, Any],
 ) -> None:  # fmt: skip
     """Fill `result` with the scores of the model's answers and of the baseline's. Every rank calls this, the first one scores."""
     model.config.use_cache = True
@@ -159,7 +181,7 @@ def answer_and_score(
             json.dumps({"source": e.source, "hypothesis": h, "references": e.references, "baseline": g})
             for e, h, g in zip(examples, outputs, guesses, strict=True)
         ]
-        write_atomically(out / PREDICTIONS, "".join(line + "\n" for line in lines))
+        write_atomically(file, "".join(line + "\n" for line in lines))
         references, subsets = [example.references for example in examples], [example.subset for example in examples]
         for name, reason in result["missing"].items():
             run.show({"text": f"{task.type}: {name} is not scored, it {reason}"})

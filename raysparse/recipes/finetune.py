@@ -16,6 +16,7 @@ from raysparse.config import Config, ConfigError
 from raysparse.data.pairs import PairFeed, PairValidation
 from raysparse.data.tokenizer import AnyTokenizer
 from raysparse.kernels.bits import unpack
+from raysparse.models import int8
 from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
 from raysparse.models.build import ModelConfig, architecture, block_linears, build, skeleton
 from raysparse.recipes import evaluate, training
@@ -64,6 +65,9 @@ class FinetuneConfig(training.TrainingRunConfig):
     """Learn from a dense teacher besides (SquareHead, arXiv:2310.06927); null: from the data alone."""
     adapters: AnyAdapters = AllWeights()
     """Few parameters of a sparse model train, no zero is touched (PERP, arXiv:2312.15230): none, selective, mask_lora, scale_lora."""
+    quantization: int8.Quantization = "none"
+    """int8: train through weights and inputs of the blocks' linear layers rounded to 8 bits, with float weights and gradients, and score as
+    such; int8_weight_only: through rounded weights alone (docs/quantization.md)."""
     generation: GenerationConfig = GenerationConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     validate_by: Literal["loss", "metric"] = "loss"
@@ -108,6 +112,22 @@ class FinetuneConfig(training.TrainingRunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _quantization_combines(self) -> Self:
+        if self.quantization == "none":
+            return self
+        if isinstance(self.adapters, LowRank):
+            raise ValueError(
+                f"Expected adapters.type none or selective with quantization={self.quantization}. Got {self.adapters.type}, whose layers "
+                "multiply by a weight of their own. Fine-tune with adapters first, then its exported model with quantization"
+            )
+        if self.kernels == "sparse":
+            raise ValueError(
+                f"Expected kernels auto or dense with quantization={self.quantization}, whose layers multiply by rounded weights. "
+                "Got sparse. Use kernels=auto"
+            )
+        return self
+
 
 def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[str, Any]:
     """Everything that can be wrong, found on the driver before any worker starts; returns what the workers need to know.
@@ -118,6 +138,8 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
     """
     training.check_sizes(config)
     evaluate.check_task(config.task)
+    if config.quantization != "none":
+        int8.check_package()
     pending, hf_config = tokenizer_folder is not None, None
     if tokenizer_folder is None:
         config, tokenizer_folder = with_model(config)
@@ -194,6 +216,7 @@ def _check_model(config: FinetuneConfig, tokenizer: Any) -> Any:
             f"Set model.overrides={{{', '.join(f'{key}: 0' if 'drop' in key else f'{key}: false' for key in found)}}}."
         )
     adapt(model, config.adapters, config.run.seed)
+    int8.make_aware(model, config.quantization)
     return model.config
 
 
@@ -283,6 +306,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         steps_per_epoch=feed.steps_per_epoch,
         convention=config.flops.convention,
         adapters=config.adapters,
+        quantization=config.quantization,
         distillation=taught,
         teacher=teacher,
     )
@@ -305,7 +329,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         config.evaluation,
         run,
         device,
-        source_context=config.source_context,
+        scored_as(config),
+        config.source_context,
     )
     return training.finish(job, run, summary | {"task": scores})
 
@@ -325,12 +350,17 @@ def _judge(
             write_model(place, merge(weights, parts.adapters), masks, parts.model.config, tokenizer, {"run": job.path.name})
         dist.barrier()
         told = evaluate.score_model(
-            place, place, task, examples, config.context, config.generation, which, run, device, source_context=config.source_context
+            place, place, task, examples, config.context, config.generation, which, run, device, scored_as(config), config.source_context
         )
         score = told["scores"][name]
         return Judged(name, score, score if name in LOWER_IS_BETTER else -score)
 
     return judge
+
+
+def scored_as(config: FinetuneConfig) -> evaluate.Weights:
+    """The weights that the task is scored with: those that were trained for."""
+    return "dense" if config.quantization == "none" else config.quantization
 
 
 def _as_prepared(config: FinetuneConfig, tokenizer_folder: str) -> tuple[FinetuneConfig, str]:

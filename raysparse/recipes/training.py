@@ -19,6 +19,7 @@ from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, me
 from raysparse.models.attention import HybridAttention
 from raysparse.models.build import ModelConfig, blocks
 from raysparse.models.features import BlockOutputs, ChosenLogits
+from raysparse.models.int8 import Quantization, make_aware
 from raysparse.models.multiplied import flops_architecture
 from raysparse.recipes.environment import versions, write_environment
 from raysparse.recipes.export import write_model
@@ -122,6 +123,7 @@ class Ingredients:
         topology: sharded model -> the first masks; None to train dense.
         convention: how FLOPs are counted.
         adapters: what trains.
+        quantization: how the blocks' linear layers compute.
         distillation: what is learned from `teacher`, which is built like `model`; None for neither.
     """
 
@@ -137,6 +139,7 @@ class Ingredients:
     steps_per_epoch: int | None
     convention: Convention
     adapters: Adapters = field(default_factory=AllWeights)
+    quantization: Quantization = "none"
     distillation: DistillationConfig | None = None
     teacher: Any = None
 
@@ -145,6 +148,7 @@ def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) 
     """Shard the model, make the masks and the optimizer, load the newest checkpoint; every rank calls this."""
     device = resolve_device(config.run)
     adapt(parts.model, parts.adapters, config.run.seed)
+    make_aware(parts.model, parts.quantization)
     if config.training.activation_checkpointing:
         former = "gradient_checkpointing_enable"  # its name before transformers 5.23
         getattr(parts.model, "activation_checkpointing_enable", getattr(parts.model, former))({"use_reentrant": False})

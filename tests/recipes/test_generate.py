@@ -129,7 +129,7 @@ def test_packed_weights_score_as_dense_ones(capsys, run, tmp_path):
     assert answers[0] == answers[1] == answers[2]
     capsys.readouterr()
     assert cli("evaluate", tmp_path / "evaluation.yaml", "--local", f"model.path={tmp_path / 'model'}") == 2
-    assert "Got weights=dense, and a packed model. Add weights=packed." in capsys.readouterr().err
+    assert "Got weights=dense, and a packed model. Use weights=packed." in capsys.readouterr().err
     assert cli("evaluate", tmp_path / "evaluation.yaml", "--local", "weights=packed", "run.device=cuda") == 2
     assert "Expected run.device=cpu with weights=packed. Got a GPU." in capsys.readouterr().err
 

@@ -122,11 +122,12 @@ def config(**sections: Any) -> training.TrainingRunConfig:
 def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, Any]) -> tuple[Training, State]:
     """The product's assembly on this rank; goes on from the newest checkpoint in the folder.
 
-    `sections` may have `adapters`, and `distillation`, whose teacher is a model of another seed.
+    `sections` may have `adapters`, `quantization`, and `distillation`, whose teacher is a model of another seed.
     """
     adapters = TypeAdapter(AnyAdapters).validate_python(sections.get("adapters", {"type": "none"}))
     taught = DistillationConfig.check({"teacher": "seed 4"} | sections["distillation"]) if "distillation" in sections else None
-    sections = {name: section for name, section in sections.items() if name not in ("adapters", "distillation")}
+    quantization = sections.get("quantization", "none")
+    sections = {name: section for name, section in sections.items() if name not in ("adapters", "distillation", "quantization")}
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
@@ -160,6 +161,7 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         steps_per_epoch=None,
         convention="spdf",
         adapters=adapters,
+        quantization=quantization,
         distillation=taught,
         teacher=taught and build(settings.model, 4, context=CONTEXT, kinds=ANY_KIND),
     )
