@@ -6,7 +6,7 @@ Every mean is one over the global batch, so that training is the same, up to the
 takes the norms of the teacher's features of the whole batch before the first loss: L numbers are summed over the ranks in each step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Self
 
@@ -92,12 +92,13 @@ class Distillation:
         self._parts: dict[str, Tensor] = {}
         self.passes, self.logits = 1, 0
 
-    def begin(self, batches: Sequence[Batch], targets: int) -> None:
-        config, self._targets = self._config, max(1, targets)
+    def begin(self, batches: Sequence[Batch], targets: int, beat: Callable[[], None] = lambda: None) -> None:
+        config, self._targets, self._parts = self._config, max(1, targets), {}
         keep = config.keep_features or len(batches) == 1
         self._kept, norms = [] if keep else None, []
         self.passes, self.logits = 1 if keep or not config.feature else 2, targets if config.logit else 0
         for batch in batches if keep or config.feature else ():
+            beat()
             lesson = self._teacher.teach(batch, config.feature > 0, keep and config.logit > 0)
             norms.append(feature_norms(lesson.features, self._masks(batch, lesson), config.eps) if config.feature else None)
             if self._kept is not None:
@@ -131,8 +132,7 @@ class Distillation:
         return lesson
 
     def parts(self) -> dict[str, Tensor]:
-        parts, self._parts = self._parts, {}
-        return parts
+        return self._parts
 
     def _note(self, name: str, value: Tensor) -> None:
         value = value.detach()

@@ -26,10 +26,16 @@ class Interval:
         self._first, self._targets, self._tokens = state.step, 0, state.tokens
         self._step = state.step  # at the last report
         self._loss: Tensor | None = None
+        self._parts: dict[str, Tensor] = {}
+        self._steps = 0  # that were not left out
         self._norm = 0.0
         self._churn = 0.0
 
     def add(self, loss: Tensor, targets: int, norm: float) -> None:
+        """A step that was not left out."""
+        for name, part in self._t.objective.parts().items():
+            self._parts[name] = self._parts[name] + part if name in self._parts else part
+        self._steps += 1
         self._loss = loss if self._loss is None else self._loss + loss
         self._targets += targets
         self._norm = norm
@@ -61,7 +67,7 @@ class Interval:
         loss = float(t.all_sum(self._loss.double().cpu().reshape(1))) / max(1, self._targets)
         now = time.perf_counter()
         rate = (state.tokens - self._tokens) / max(1e-9, now - self._mark)
-        parts = {name: float(t.all_sum(part.double())) / (state.step - self._step) for name, part in t.objective.parts().items()}
+        parts = {name: float(t.all_sum(part.double())) / self._steps for name, part in self._parts.items()}
         self.into(state)
         state.losses["train"] = loss
         memory, wire = t.memory(), self._wire()
@@ -86,6 +92,7 @@ class Interval:
         t.meter.write(told, tags)
         t.run.show(told)
         self._loss, self._targets, self._tokens, self._mark, self._step = None, 0, state.tokens, now, state.step
+        self._parts, self._steps = {}, 0
 
     def _wire(self) -> dict[str, float]:
         """A step's bytes that this rank sent, those of whole buffers, and seconds in collectives, in the mean since the last report."""

@@ -113,7 +113,7 @@ def forward_backward(t: Training, step: int) -> tuple[Tensor, int, int, int] | N
     if leaving:
         return None
     micro_batches = [batch.to(t.device) for batch in micro_batches]
-    t.objective.begin(micro_batches, targets)
+    t.objective.begin(micro_batches, targets, t.watch.beat)
     total = torch.zeros((), device=t.device)
     for i, batch in enumerate(micro_batches):
         t.watch.beat()

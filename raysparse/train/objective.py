@@ -20,15 +20,19 @@ class Objective(Protocol):
     logits: int
     """Tokens of the global batch whose logits it computes."""
 
-    def begin(self, batches: Sequence[Batch], targets: int) -> None:
-        """A step with these micro-batches on this rank, on the device, and `targets` predicted tokens on all."""
+    def begin(self, batches: Sequence[Batch], targets: int, beat: Callable[[], None] = lambda: None) -> None:
+        """A step with these micro-batches on this rank, on the device, and `targets` predicted tokens on all.
+
+        Args:
+            beat: called now and then by what takes long.
+        """
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(what to run backward, whose sum over micro-batches and ranks is the objective; the detached sum of cross-entropies in nats)."""
         ...
 
     def parts(self) -> dict[str, Tensor]:
-        """Name -> this rank's sum of what the objective is made of besides, over the steps since the last call."""
+        """Name -> this rank's sum of what the objective of the step that began last is made of besides."""
         ...
 
 
@@ -41,7 +45,7 @@ class CrossEntropy:
         self._forward, self._smoothing = forward, smoothing
         self._targets = 1
 
-    def begin(self, batches: Sequence[Batch], targets: int) -> None:
+    def begin(self, batches: Sequence[Batch], targets: int, beat: Callable[[], None] = lambda: None) -> None:
         self._targets = max(1, targets)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
