@@ -35,8 +35,14 @@ class ModelConfig(Config):
     """A local folder in Hugging Face format, or a model name on the hub: a causal language model, a T5 or a Whisper."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, for example ``{resid_pdrop: 0.1}`` or ``{n_layer: 6}``."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """PyTorch's fused scaled dot-product attention, or plain matrix products."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """sdpa: PyTorch's fused scaled dot-product attention; eager: plain matrix products; auto: sdpa where transformers has it, not for
+    MPT."""
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """transformers' name for it."""
+        return None if self.attention == "auto" else self.attention
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -96,7 +102,7 @@ def skeleton(
     """The model without storage, on the meta device: names, shapes and ties, in a second for billions of weights."""
     hf_config = architecture(config, vocab_size, context, kinds)
     with torch.device("meta"), _as_config_error(config):
-        model = auto_class(hf_config).from_config(hf_config, attn_implementation=config.attention)
+        model = auto_class(hf_config).from_config(hf_config, attn_implementation=config.attn_implementation)
     return _finished(model)
 
 
@@ -113,11 +119,11 @@ def build(
     with torch.random.fork_rng(devices=[]), _as_config_error(config):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         if config.path is None:
-            return _finished(auto_class(hf_config).from_config(hf_config, attn_implementation=config.attention))
+            return _finished(auto_class(hf_config).from_config(hf_config, attn_implementation=config.attn_implementation))
         model, report = auto_class(hf_config).from_pretrained(
             config.path,
             config=hf_config,
-            attn_implementation=config.attention,
+            attn_implementation=config.attn_implementation,
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,

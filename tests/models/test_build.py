@@ -176,7 +176,7 @@ def test_nested_overrides_reach_the_nested_config_and_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"model.overrides.attn_config. Got 'clip'. Nearest fields: clip_qkv"):
         architecture(config)
     with pytest.raises(ConfigError, match=r"and sdpa attention. Got: MptForCausalLM does not support"):
-        skeleton(ModelConfig(path=str(tmp_path / "mpt")))
+        skeleton(ModelConfig(path=str(tmp_path / "mpt"), attention="sdpa"))
 
 
 def test_pretrained_sizes_must_hold_the_data(tmp_path):
@@ -192,7 +192,7 @@ def test_overrides_that_do_not_fit_the_weights(tmp_path):
     _, config = pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"Got none for 12 of them: transformer.h.1.attn.c_attn.bias"):
         build(ModelConfig(path=config.path, overrides={"n_layer": 2}), 0)
-    with pytest.raises(ConfigError, match=r"with overrides \{'vocab_size': 60\} and sdpa attention. Got: "):
+    with pytest.raises(ConfigError, match=r"with overrides \{'vocab_size': 60\} and auto attention. Got: "):
         build(ModelConfig(path=config.path, overrides={"vocab_size": 60}), 0)
 
 
@@ -275,3 +275,15 @@ def test_a_whisper_that_hears_less_keeps_its_first_positions(tmp_path):
     longer = config.model_copy(update={"overrides": {"max_source_positions": 60}})
     with pytest.raises(ConfigError, match=r"Expected a model that transformers can build.*max_source_positions"):
         build(longer, 0, kinds=("audio",))
+
+
+def test_mpt_as_its_authors_name_it(tmp_path):
+    from transformers import MptConfig, MptForCausalLM
+
+    model = MptForCausalLM(MptConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2, max_seq_len=32))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["MPTForCausalLM"]}))
+    found = build(ModelConfig(path=str(tmp_path / "model")), 0)
+    assert type(found).__name__ == "MptForCausalLM"
+    assert found.config._attn_implementation == "eager"  # transformers has no other for it

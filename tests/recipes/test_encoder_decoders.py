@@ -2,13 +2,18 @@
 
 import json
 import math
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from raysparse.config import ConfigError, merge
@@ -326,3 +331,32 @@ def test_recordings_in_a_table_as_datasets_stores_them(speech, tmp_path):
             assert path.references == other.references
             assert np.array_equal(path.audio, other.audio)
     assert heard[1][2].source == f"{folder / 'test.parquet'}, row 3"
+
+
+def on_a_hub(tmp_path, name: str, folder: Path) -> dict[str, str]:
+    """A cache that has the folder under a hub name, and the environment of a machine that has nothing but this cache."""
+    snapshot = tmp_path / "hf" / "hub" / f"models--{name.replace('/', '--')}"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, snapshot / "snapshots" / ("0" * 40))
+    return {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_model_with_a_hub_name_is_trained_pruned_and_exported_whole(speech, tmp_path):
+    """Its tokenizer, and the generation config, which names the tokens that it must not say, come along."""
+    run = exported(speech, tmp_path)
+    said = json.loads((run / "export" / "generation_config.json").read_text())
+    (run / "export" / "generation_config.json").write_text(json.dumps(said | {"suppress_tokens": [7, 9]}))
+    environment = os.environ | on_a_hub(tmp_path, "owner/tiny", run / "export")
+    values = {key: value for key, value in speech.items() if key != "tokenizer"} | {"model": {"path": "owner/tiny"}}
+    values = merge(values, {"training": {"length": 2, "validate_every": 2}, "checkpoint": {"every": 2}, "evaluation": {"max_examples": 2}})
+    shared = {key: values[key] for key in ("run", "task", "context", "source_context", "cache_dir")}
+    prunes = {"sparsity": {"target": 0.5}, "calibration": {"samples": 4, "validation_sequences": 0}, "model": {"path": "owner/tiny"}}
+    for verb, own in (("finetune", values), ("prune", shared | prunes)):
+        (tmp_path / f"{verb}.yaml").write_text(yaml.safe_dump(merge(own, {"run": {"name": verb}})))
+        words = [sys.executable, "-m", "raysparse", verb, str(tmp_path / f"{verb}.yaml"), "--local"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+        assert done.returncode == 0, done.stderr
+        export = tmp_path / "runs" / verb / "export"
+        assert json.loads((export / "generation_config.json").read_text())["suppress_tokens"] == [7, 9]
+        assert (export / "tokenizer.json").is_file()

@@ -2,11 +2,13 @@
 
 import copy
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from raysparse.config import ConfigError
 from raysparse.losses import cross_entropy_sum, kl_sum
@@ -36,16 +38,16 @@ def gradients(folder: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found | {"loss": t.all_sum(loss), "passes": torch.tensor(t.objective.passes)} | parts
 
 
-def by_hand(distillation: dict[str, Any]) -> dict[str, torch.Tensor]:
+def by_hand(distillation: dict[str, Any], **given: Any) -> dict[str, torch.Tensor]:
     """The same in plain torch: the whole batch at once, all hidden states kept, means over the batch."""
-    settings = config()
+    settings = config(**given)
     student, teacher = build(settings.model, settings.run.seed, context=CONTEXT), build(settings.model, 4, context=CONTEXT).eval()
     outputs: tuple[list[torch.Tensor], ...] = [], []
     for model, found in zip((student, teacher), outputs, strict=True):
         for block in blocks(model).values():
             block.register_forward_hook(lambda _, __, out, found=found: found.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
-        for name, weight in spawn(first_weights, 1)[0].items():
+        for name, weight in spawn(first_weights, 1, given)[0].items():
             student.get_parameter(name).copy_(weight)
     batch = Tokens(101).batch(0, range(6))
     c = DistillationConfig.check({"teacher": "it"} | distillation)
@@ -61,10 +63,10 @@ def by_hand(distillation: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found | {"loss": cross_entropy.detach(), "logit": kl.detach(), "feature": features.detach()}
 
 
-def first_weights() -> dict[str, torch.Tensor]:
+def first_weights(given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """With the zeros of the product's first masks."""
     with tempfile.TemporaryDirectory() as folder:
-        t, _ = assemble(folder, sections(), SPARSE)
+        t, _ = assemble(folder, sections(**given), SPARSE)
         return {name: part.local.detach().clone() for name, part in t.sharded.parts.items()}
 
 
@@ -78,6 +80,31 @@ def test_gradients_are_those_of_the_published_loss_over_the_whole_batch(tmp_path
     assert int(found.pop("passes")) == (1 if keep or 6 // ranks <= micro else 2)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def family(name: str, folder: Path) -> dict[str, Any]:
+    """A small model of another family than GPT-2, in a folder; student and teacher begin with its weights, the student's masked."""
+    torch.manual_seed(5)
+    if name == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=101, **sizes))
+    else:
+        model = MptForCausalLM(MptConfig(vocab_size=101, d_model=32, n_layers=2, n_heads=4, max_seq_len=32))
+    model.save_pretrained(folder)
+    return {"model": {"preset": None, "path": str(folder), "overrides": {"vocab_size": 101}}}
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_other_families_learn_by_the_same_loss(tmp_path, name):
+    model = family(name, tmp_path / "model")
+    expected = by_hand(ALL, **model)
+    assert expected["feature"] > 0.01
+    found = spawn(gradients, 2, str(tmp_path / "run"), sections(ALL, 2, **model))[0]
+    for part, value in expected.items():
+        torch.testing.assert_close(found[part], value, rtol=2e-4, atol=2e-6, msg=lambda text, part=part: f"{part}: {text}")
+    given = sections(run={"parity": True}, **model)
+    one, two = (spawn(run, ranks, str(tmp_path / str(ranks)), given, SPARSE)[0] for ranks in (1, 2))
+    assert differences(one, two) == []
 
 
 @pytest.mark.parametrize("only", ["logit", "feature"])
