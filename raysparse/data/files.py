@@ -23,7 +23,23 @@ _TEXT_BYTES = 16_384
 _PARQUET_ROWS = 1024
 """Read at once: rows of recordings are large."""
 
-Row = tuple[str, dict[str, Any]]
+
+class Place(str):
+    """Where a row stands, as errors name it.
+
+    Attributes:
+        folder: what paths in the row are relative to.
+    """
+
+    folder: Path
+
+    def __new__(cls, text: str, folder: Path) -> "Place":
+        place = super().__new__(cls, text)
+        place.folder = folder
+        return place
+
+
+Row = tuple[Place, dict[str, Any]]
 """Where the row stands (``file:line``), and its values by column."""
 
 
@@ -142,7 +158,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             raise ConfigError(f"Expected one JSON object a line at {path}:{number}. Got: {error}. Mend the line.") from None
         if not isinstance(row, dict):
             raise ConfigError(f"Expected a JSON object at {path}:{number}. Got {line.strip()!r:.80}. Write one object a line.")
-        yield f"{path}:{number}", row
+        yield Place(f"{path}:{number}", path.parent), row
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -155,7 +171,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                     f"Expected {len(reader.fieldnames or ())} cells, as in the header, at {path}:{reader.line_num}. "
                     "Got another number. Quote cells that hold the delimiter."
                 )
-            yield f"{path}:{reader.line_num}", row
+            yield Place(f"{path}:{reader.line_num}", path.parent), row
     except csv.Error as error:
         raise ConfigError(f"Expected well-formed CSV at {path}:{reader.reader.line_num}. Got: {error}. Mend the line.") from None
 
@@ -171,7 +187,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(columns)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield Place(f"{path}, row {number}", path.parent), row
     except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
         raise ConfigError(f"Expected a Parquet file at {path}. Got: {error}. Write the file again.") from None
 

@@ -140,13 +140,22 @@ def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool,
             f"Expected the data set {name!r}, configuration {config!r}, split {split!r}. Got: {error}. "
             "Check the names and the network, or use a local folder."
         ) from None
-    recordings = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Audio)]
-    for column in recordings:
-        rows = rows.cast_column(column, datasets.Audio(decode=False))
-    for number, row in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
-        where = f"{name}, {split}, row {number}"
+    if streaming and any(isinstance(feature, datasets.Audio) for feature in (rows.features or {}).values()):
+        rows = rows.decode(False)  # recordings as they are stored
+    for number, row in enumerate(_readable(cast(Iterable[dict[str, Any]], rows), name), start=1):
+        where = files.Place(f"{name}, {split}, row {number}", folder)
         files.require_columns(where, row, columns)
         yield where, row
+
+
+def _readable(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except ImportError as error:  # torchcodec, of recordings that lie beside a table
+        raise ConfigError(
+            f"Expected recordings inside the tables of {name!r}, as Parquet files have them. Got: {error} Use data.type=files with a table "
+            "that names the recordings, or install the package."
+        ) from None
 
 
 def stdlib_root() -> Path:

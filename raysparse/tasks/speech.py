@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from raysparse.data import files
@@ -49,8 +48,7 @@ class Speech(TableTask):
     def clips(self, split: Split, count: int) -> Iterator[Clip]:
         """The recordings of the first `count` examples of a split."""
         for where, row in islice(self.data.rows(split, self.layouts), count):
-            folder = Path(where.rpartition(", row ")[0] or where.rpartition(":")[0]).parent
-            yield where, content(row[self.audio], where, self.audio, folder)
+            yield where, content(row[self.audio], where, self.audio, where.folder)
 
     def baseline(self, example: Example) -> str:
         """Nothing: all words of the reference are missing."""

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,18 @@ def test_recordings_in_a_table_as_datasets_stores_them(speech, tmp_path):
     datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio()).to_parquet(str(tmp_path / "hub" / "test.parquet"))
     task = FinetuneConfig.check(speech | {"task": {"type": "speech", "data": {"type": "hub", "name": str(tmp_path / "hub")}}}).task
     heard.append(evaluate.load_examples(evaluate.store_examples(task, speech["cache_dir"], ("test",)))["test"])
+    shutil.copytree(folder, tmp_path / "a, row b", ignore=shutil.ignore_patterns("*.jsonl", "*.parquet"))  # paths are relative to it
+    lines = ["audio,text", *(f"{row['audio']},{row['text']}" for row in rows)]
+    (tmp_path / "a, row b" / "test.csv").write_text("\n".join(lines) + "\n")
+    table = str(tmp_path / "a, row b" / "test.csv")
+    files = {"type": "files", "train": table, "validation": table, "test": table}
+    task = FinetuneConfig.check(speech | {"task": {"type": "speech", "data": files}}).task
+    heard.append(evaluate.load_examples(evaluate.store_examples(task, speech["cache_dir"], ("test",)))["test"])
+    if find_spec("torchcodec") is None:  # `datasets` takes a folder of recordings for one of its own kind, and wants that package
+        beside = {"type": "hub", "name": str(tmp_path / "a, row b")}
+        task = FinetuneConfig.check(speech | {"task": {"type": "speech", "data": beside}}).task
+        with pytest.raises(ConfigError, match=r"Expected recordings inside the tables of .*Use data\.type=files"):
+            evaluate.store_examples(task, speech["cache_dir"], ("test",))
     for path, *others in zip(*heard, strict=True):
         for other in others:
             assert path.references == other.references
