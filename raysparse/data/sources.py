@@ -140,7 +140,8 @@ def hub_rows(name: str, config: str, split: str, revision: str, streaming: bool,
             f"Expected the data set {name!r}, configuration {config!r}, split {split!r}. Got: {error}. "
             "Check the names and the network, or use a local folder."
         ) from None
-    if streaming and any(isinstance(feature, datasets.Audio) for feature in (rows.features or {}).values()):
+    heard = any(isinstance(feature, datasets.Audio) for feature in (rows.features or {}).values())
+    if heard and isinstance(rows, datasets.IterableDataset):
         rows = rows.decode(False)  # recordings as they are stored
     for number, row in enumerate(_readable(cast(Iterable[dict[str, Any]], rows), name), start=1):
         where = files.Place(f"{name}, {split}, row {number}", folder)

@@ -18,8 +18,8 @@ from raysparse.data.tokenizer import AnyTokenizer
 from raysparse.kernels.bits import unpack
 from raysparse.models import int8
 from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
-from raysparse.models.build import ModelConfig, architecture, block_linears, build, skeleton
-from raysparse.recipes import evaluate, training
+from raysparse.models.build import architecture, block_linears, build, skeleton
+from raysparse.recipes import evaluate, teachers, training
 from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job, opening
 from raysparse.recipes.masks import nnz_of_bits, read_masks
@@ -149,7 +149,11 @@ def check(config: FinetuneConfig, tokenizer_folder: str | None = None) -> dict[s
         hf_config = architecture(like, len(evaluate.load_tokenizer(tokenizer_folder)), config.context, kinds_for(config.task))
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
     found = check_data(config, tokenizer, hf_config)
-    taught = {} if config.distillation is None else {"teacher": _check_teacher(config, config.distillation, tokenizer, hf_config)}
+    taught = (
+        {}
+        if config.distillation is None
+        else {"teacher": teachers.check(config.distillation, config.model, reader_of(config, tokenizer, hf_config))}
+    )
     weights = f"from scratch, tokenizer {Path(tokenizer_folder).name}"
     if config.model.path is not None:
         weights = "of an earlier stage" if pending else evaluate.weights_digest(config.model.path)
@@ -226,34 +230,6 @@ def _masks(config: FinetuneConfig) -> Path | None:
     return file if config.model.path is not None and file.exists() else None
 
 
-def _check_teacher(config: FinetuneConfig, distillation: DistillationConfig, tokenizer: Any, mine: Any) -> str:
-    """The digest of a teacher whose tokenizer is the student's, and whose blocks are, if the student is known by now (`mine`)."""
-    folder = evaluate.model_folder(distillation.teacher)
-    its = architecture(_teacher_model(config, distillation), len(tokenizer), config.context, kinds_for(config.task))
-    if mine is not None:
-        _check_alike(distillation, mine, its)
-    if evaluate.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"Expected the student's tokenizer with distillation.teacher={distillation.teacher}. Got another vocabulary. "
-            "Take a teacher that reads the same tokens."
-        )
-    return evaluate.weights_digest(folder)
-
-
-def _check_alike(distillation: DistillationConfig, mine: Any, its: Any) -> None:
-    keys = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size", "max_source_positions")
-    if keys := [key for key in keys if getattr(mine, key, None) != getattr(its, key, None)]:
-        raise ConfigError(
-            f"Expected a teacher of the student's architecture in distillation.teacher={distillation.teacher}. "
-            f"Got {', '.join(f'{key} {getattr(its, key, None)} instead of {getattr(mine, key, None)}' for key in keys)}. "
-            "Take the dense model that the student was pruned from, fine-tuned on the task."
-        )
-
-
-def _teacher_model(config: FinetuneConfig, distillation: DistillationConfig) -> ModelConfig:
-    return config.model.model_copy(update={"preset": None, "path": evaluate.model_folder(distillation.teacher), "overrides": {}})
-
-
 def open_run(config: FinetuneConfig, tokenizer_folder: str | None = None) -> Job:
     """Check the config and the model (see `check`), make or reopen the run folder."""
     with opening("finetune", config, config.run):
@@ -289,10 +265,6 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         seed=config.run.seed,
         nnz={} if keep is None else nnz_of_bits(read_masks(str(keep), keep.parent)),
     )
-    teacher = None
-    if (taught := config.distillation) is not None:
-        teacher = build(_teacher_model(config, taught), config.run.seed, len(tokenizer), config.context, kinds_for(task))
-        _check_alike(taught, model.config, teacher.config)
     parts = training.Ingredients(
         model=model,
         sparse=shapes,
@@ -307,8 +279,8 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         convention=config.flops.convention,
         adapters=config.adapters,
         quantization=config.quantization,
-        distillation=taught,
-        teacher=teacher,
+        distillation=(taught := config.distillation),
+        teacher=taught and teachers.read(taught, config.model, reader),
     )
     parent = None if config.model.path is None else Path(config.model.path).parent / "summary.json"
     facts = {

@@ -5,11 +5,6 @@ which sparsity on? Every stage is a run of its own, so that the same command goe
 """
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import combinations
-from statistics import mean, stdev
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -24,11 +19,8 @@ from raysparse.recipes.job import Job, write_atomically
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.recipes.prune import PruneConfig
 from raysparse.recipes.training import check_sizes
+from raysparse.report.recovery import Recovery, Row
 from raysparse.train.run import RunConfig
-
-LOSS = "validation loss"
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""97.5 % quantiles of Student's t by degrees of freedom, from 1 on."""
 
 
 class RecoverConfig(Config):
@@ -167,7 +159,13 @@ def recover(config: RecoverConfig, launch: Launch) -> tuple[dict[str, Any], str]
         for way in config.ways
     ]
     pruned = {level: [by_name[whole.pruned[level, seed].run.name] for seed in config.seeds] for level in config.levels}
-    return _report(config, teacher, pruned, rows)
+    recovery = Recovery(config.run.name, Row("dense", 0.0, [teacher]), teacher["task"]["primary"], pruned, rows)
+    root = config.run.path
+    write_atomically(root / "config.yaml", config.to_yaml())
+    write_atomically(root / "recover.json", json.dumps(recovery.facts, indent=1) + "\n")
+    write_atomically(root / "table.md", recovery.table.markdown() + "\n")
+    write_atomically(root / "report.html", recovery.page(f"raysparse recover {root}/config.yaml run.name={config.run.name}-again"))
+    return recovery.facts | {"report": str(root / "report.html")}, f"{recovery.table.terminal()}\nPlots: {root / 'report.html'}"
 
 
 def check(config: RecoverConfig) -> None:
@@ -185,129 +183,3 @@ def dry_run(config: RecoverConfig) -> dict[str, Any]:
     whole = Stages(config)
     whole.check()
     return {name: stage.model_dump(mode="json") for name, stage in whole.all.items()}
-
-
-class Row:
-    """One way at one level, over the seeds.
-
-    Attributes:
-        measures: name -> its values: validation loss (nats a token), the task's scores.
-    """
-
-    def __init__(self, way: str, level: float, summaries: Sequence[dict[str, Any]]):
-        self.way, self.level, self.summaries = way, level, summaries
-        self.measures = {LOSS: [summary["loss"]["validation"] for summary in summaries]}
-        self.measures |= {name: [summary["task"]["scores"][name] for summary in summaries] for name in summaries[0]["task"]["scores"]}
-
-    def facts(self) -> dict[str, Any]:
-        first = self.summaries[0]
-        return {
-            "way": self.way,
-            "level": self.level,
-            "sparsity": first["sparsity"]["actual"],
-            "nnz": first["sparsity"]["nnz"],
-            "measures": {name: {"mean": mean(v), "deviation": _deviation(v), "values": v} for name, v in self.measures.items()},
-            "seconds": mean(summary["seconds"] for summary in self.summaries),
-        }
-
-
-def _report(config: RecoverConfig, teacher: dict[str, Any], pruned: dict[float, list[dict[str, Any]]], rows: Sequence[Row]) -> Any:
-    from raysparse.report.analysis import lines_by_sparsity
-    from raysparse.report.page import bullets, figure, page
-    from raysparse.report.table import Block, Table
-
-    dense, primary = Row("dense", 0.0, [teacher]), teacher["task"]["primary"]
-    primary = primary if primary in dense.measures else LOSS
-    apart = {level: differences([row for row in rows if row.level == level], primary) for level in config.levels}
-    meaning = f"; mean ± standard error, * where a t-test over {len(config.seeds)} seeds has p < 0.05" if len(config.seeds) > 1 else ""
-    names = list(dense.measures)
-    columns = ("sparsity", "way", *names, "seconds")
-    cells = [(f"{row.level:g}", row.way, *(_cell(name, row.measures[name]) for name in names), _seconds(row)) for row in (dense, *rows)]
-    notes = (
-        f"{'Mean ± standard deviation' if len(config.seeds) > 1 else 'One value'} over {len(config.seeds)} "
-        f"seed{'s' * (len(config.seeds) > 1)} of pruning and fine-tuning; one teacher. "
-        "Every way has the same settings and steps: none is tuned.",
-        *(_pruned_note(level, summaries) for level, summaries in pruned.items()),
-        *(f"At {level:g}, {primary} seed by seed: {', '.join(each.text for each in apart[level])}{meaning}." for level in config.levels),
-    )
-    table = Table((Block(f"What comes back of {config.run.name}", columns, tuple(cells), notes),))
-    lines = {
-        name: {
-            way: [(0.0, dense.measures[name][0]), *((row.level, mean(row.measures[name])) for row in rows if row.way == way)]
-            for way in config.ways
-        }
-        for name in dict.fromkeys((primary, LOSS))
-    }
-    picture = lines_by_sparsity(lines, dict(zip(lines, lines, strict=True)), "Quality over sparsity, by what is learned from")
-    root = config.run.path
-    title = f"raysparse: what comes back of {config.run.name}"
-    command = f"raysparse recover {root}/config.yaml run.name={config.run.name}-again"
-    parts = [
-        f"<h1>{title}</h1>", bullets(notes), figure(picture, "The dense teacher is at 0 %. Means over the seeds."),
-        table.blocks[0].html(), f'<pre class="scroll" tabindex="0">{command}</pre>',
-    ]  # fmt: skip
-    facts = {
-        "dense": dense.facts(),
-        "rows": [row.facts() for row in rows],
-        "differences": [asdict(each) for found in apart.values() for each in found],
-        "report": str(root / "report.html"),
-    }
-    write_atomically(root / "config.yaml", config.to_yaml())
-    write_atomically(root / "recover.json", json.dumps(facts, indent=1) + "\n")
-    write_atomically(root / "table.md", table.markdown() + "\n")
-    write_atomically(root / "report.html", page(title, parts))
-    return facts, f"{table.terminal()}\nPlots and details: {root / 'report.html'}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two ways at a level, seed by seed: the second minus the first.
-
-    Attributes:
-        error: standard error of the mean; None of one seed.
-        judged: whether 0 lies outside the 95 % interval of a paired t-test (errors taken as normal); None of one seed.
-    """
-
-    level: float
-    measure: str
-    ways: tuple[str, str]
-    mean: float
-    error: float | None
-    judged: bool | None
-
-    @property
-    def text(self) -> str:
-        first, second = self.ways
-        digits = 4 if self.measure == LOSS else 2
-        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{second} - {first} {self.mean:+.{digits}f}{error}{'*' * bool(self.judged)}"
-
-
-def differences(rows: Sequence[Row], measure: str) -> list[Difference]:
-    """Of every pair of ways of one level, in their order."""
-    found = []
-    for one, other in combinations(rows, 2):
-        each = [b - a for a, b in zip(one.measures[measure], other.measures[measure], strict=True)]
-        error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
-        judged = None if error is None else abs(mean(each)) > _T[min(len(each) - 1, len(_T)) - 1] * error
-        found.append(Difference(one.level, measure, (one.way, other.way), mean(each), error, judged))
-    return found
-
-
-def _pruned_note(level: float, summaries: Sequence[dict[str, Any]]) -> str:
-    losses = [summary["pruning"]["loss"]["after"] for summary in summaries]
-    told = "" if None in losses else f", loss {_cell(LOSS, losses)} on samples that were held out before it is fine-tuned"
-    return f"At {level:g}: {summaries[0]['sparsity']['nnz']:,} weights live of {summaries[0]['sparsity']['total']:,}{told}."
-
-
-def _cell(name: str, values: Sequence[float]) -> str:
-    digits = 4 if name == LOSS else 2
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _seconds(row: Row) -> str:
-    return f"{mean(summary['seconds'] for summary in row.summaries):.0f}"
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None

@@ -51,7 +51,7 @@ def test_a_sparse_student_learns_from_its_teacher_and_stays_sparse(values, tmp_p
     config = FinetuneConfig.check(merge(values, {"distillation": {"task": 0.0}}))  # it has not learned the task itself
     summary = carry_out(finetune.open_run(config), config, tmp_path)
     assert summary["sparsity"]["actual"] == pytest.approx(0.75, abs=1e-3)
-    assert summary["flops"]["teacher"] == pytest.approx(summary["flops"]["dense"] / 3)
+    assert 0.5 < summary["flops"]["teacher"] / (summary["flops"]["dense"] / 3) < 1  # a forward pass, and logits of predicted tokens alone
     records = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
     told = [record for record in records if "loss" in record]
     assert len(told) == 6

@@ -154,7 +154,7 @@ def test_a_dense_teacher_is_made_here_and_its_pruned_student_learns_from_it(valu
     student = FinetuneConfig.check(merge({key: value for key, value in values.items() if key not in ("model", "tokenizer")}, changes))
     learned = carry_out(finetune, student, tmp_path)
     assert learned["sparsity"]["actual"] == pytest.approx(0.5, abs=0.01)
-    assert learned["flops"]["teacher"] == pytest.approx(learned["flops"]["dense"] / 3)
+    assert 0.5 < learned["flops"]["teacher"] / (learned["flops"]["dense"] / 3) < 1  # a forward pass, and logits of predicted tokens alone
     assert (student.run.path / "export" / MASKS).exists()
     told = [json.loads(line) for line in (student.run.path / "metrics.jsonl").read_text().splitlines()]
     features = [record["feature_loss"] for record in told if "feature_loss" in record]

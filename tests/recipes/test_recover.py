@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from raysparse.__main__ import main
 from raysparse.config import read_yaml
-from raysparse.recipes.recover import Difference, RecoverConfig, Stages, differences
+from raysparse.recipes.recover import RecoverConfig, Stages
+from raysparse.report.recovery import Difference, differences
 
 T5 = {"preset": "t5-small", "overrides": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}}
 
