@@ -34,6 +34,7 @@ from raysparse.train.clip import clip_, global_norm
 from raysparse.train.interval import check_leaks
 from raysparse.train.loop import forward_backward, update
 from raysparse.train.metrics import Console
+from raysparse.train.objective import CrossEntropy
 from raysparse.train.optimizer import OptimizerConfig, build_optimizer
 from raysparse.train.process import process_group
 from raysparse.train.run import LocalRun, RunConfig
@@ -134,7 +135,8 @@ def through_fsdp2(t: Training, size: Size) -> Training:
     sharded = FSDP2(model, blocks(model), ShardingConfig(), "cpu", torch.float32)
     if t.topology is not None:
         t.topology.kill(sharded.local)
-    return replace(t, sharded=sharded, optimizer=build_optimizer(sharded, OPTIMIZER, parity=False))
+    objective = CrossEntropy(lambda batch: sharded.module(**batch.inputs).logits, 0.0)
+    return replace(t, sharded=sharded, objective=objective, optimizer=build_optimizer(sharded, OPTIMIZER, parity=False))
 
 
 def product(t: Training) -> Callable[[int], None]:

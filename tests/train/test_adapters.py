@@ -144,7 +144,7 @@ def sizes(folder: str, adapters: dict, kind: str) -> dict[str, Any]:
     for step in range(2):
         loop.forward_backward(t, step)
         loop.update(t, step)
-        loop._count(t, step, 6 * CONTEXT)
+        loop._count(t, step, 6 * CONTEXT, 0)
     parts = t.sharded.parts
     return t.memory() | {
         "trained": sum(part.local.nbytes for part in parts.values() if part.trained),
