@@ -54,6 +54,10 @@ class Span:
     updates: range
 
 
+_PLANS_KEPT = 16
+"""Plans of the newest updates that are remembered: a phase that changes the density has another one in every update."""
+
+
 class Agenda(Config):
     """Everything that a topology's history follows from; data, so that whoever has it decides alike.
 
@@ -158,6 +162,8 @@ class Agenda(Config):
         if self.nnz:
             return self.nnz
         if factor not in self._cache:
+            if len(self._cache) >= _PLANS_KEPT:
+                del self._cache[next(iter(self._cache))]
             self._cache[factor] = dict(SparsityPlan.build(self.shapes, self.sparsity, factor).nnz)
         return self._cache[factor]
 

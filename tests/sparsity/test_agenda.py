@@ -365,3 +365,11 @@ def test_a_rising_plan_may_give_a_layer_a_weight_more():
     totals = [sum(nnz.values()) for nnz in plans]
     assert totals == sorted(totals, reverse=True)
     assert any(later[name] > nnz[name] for nnz, later in pairwise(plans) for name in shapes)
+
+
+def test_plans_of_a_long_run_are_not_all_remembered():
+    long = mst({"update_interval": 1}, lengths=(300, 100, 300), steps=700)
+    first = [long.decide(step) for step in long.update_steps]
+    assert len({tuple(update.nnz.values()) for update in first}) > 100
+    assert len(long._cache) <= 16
+    assert [long.decide(step) for step in long.update_steps] == first
