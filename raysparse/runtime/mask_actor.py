@@ -59,8 +59,8 @@ class ManagerProxy:
     def history(self) -> list[dict[str, Any]]:
         return self._answer(self._actor.history.remote())
 
-    def text(self, stop: int) -> str:
-        return self._answer(self._actor.text.remote(stop))
+    def text(self, first: int, stop: int) -> str:
+        return self._answer(self._actor.text.remote(first, stop))
 
     def _answer(self, reference: Any) -> Any:
         import ray

@@ -153,9 +153,9 @@ class MaskManager:
         """The records of all committed versions, oldest first."""
         return list(self._journal.records)
 
-    def text(self, stop: int) -> str:
-        """The records of versions 0 to `stop` - 1 as they stand in the journal, a line each."""
-        return b"".join(self._journal.records.lines[:stop]).decode()
+    def text(self, first: int, stop: int) -> str:
+        """The records of versions `first` to `stop` - 1 as they stand in the journal, a line each."""
+        return b"".join(self._journal.records.lines[first:stop]).decode()
 
     def view(self, last: int = 20) -> dict[str, Any]:
         """Where the topology is, as plain data.

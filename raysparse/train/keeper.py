@@ -76,6 +76,7 @@ class Keeper:
         self._attempt = 0
         self._sums = torch.zeros(0, dtype=torch.int64)  # digests of this rank's rows of the masks, as they were set
         self._checks = self._sums  # their `Topology.checksums`
+        self._lines: list[str] = []  # of the journal, as far as this attempt has asked: all of it each time would leave holes in memory
         self._told = False  # the optimizer knows the masks
 
     def begin(self, step: int, history: list[dict[str, Any]]) -> None:
@@ -95,7 +96,7 @@ class Keeper:
             )
         votes = self._gather(self._sums, self._sums, self._sums, self.topology.masks, {})
         agenda, version = self.agenda.model_dump(mode="json"), self.agenda.version(step)
-        nonce, world_size = secrets.token_hex(8), dist.get_world_size()
+        nonce, world_size, self._lines = secrets.token_hex(8), dist.get_world_size(), []
         self._attempt = self._agreed(lambda manager: manager.begin(nonce, agenda, world_size, version, votes, history)).attempt
 
     def evolve(self, step: int, gradients: Mapping[str, Tensor]) -> Change | None:
@@ -175,7 +176,10 @@ class Keeper:
             return ""
         agenda = self.agenda.model_dump(mode="json")
         header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
-        return json.dumps(header) + "\n" + self._manager.text(self.agenda.version(step) + 1)
+        stop = self.agenda.version(step) + 1
+        if len(self._lines) < stop:
+            self._lines += self._manager.text(len(self._lines), stop).splitlines(keepends=True)
+        return json.dumps(header) + "\n" + "".join(self._lines[:stop])
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""
