@@ -8,7 +8,8 @@ variables and no interpolation: what ``raysparse plan`` prints is all there is.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -129,6 +130,15 @@ def together(*checks: Callable[[], Any]) -> None:
         raise ConfigError("\n".join(problems))
 
 
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """A `ConfigError` in here says which part of a config it is of."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _describe(problem: Any, values: Any) -> str:
     path = []
     for part in problem["loc"]:
@@ -137,7 +147,8 @@ def _describe(problem: Any, values: Any) -> str:
         path.append(str(part))
         values = values.get(part) if isinstance(values, Mapping) else None
     where = ".".join(path) or "(the whole config)"
-    got = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r})"
+    silent = not path or problem["type"] in ("missing", "extra_forbidden")  # what checks several keys says itself what it got
+    got = "" if silent else f" (got {problem['input']!r})"
     text = "no such key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
     return f"{where}: {text}{got}"
 

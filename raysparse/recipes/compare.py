@@ -5,15 +5,15 @@ dense, the twin of the others. SPDF from end to end is the default pair with a f
 weight alive and once with its mask kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from raysparse.config import Config, ConfigError, merge, read_yaml
+from raysparse.config import Config, ConfigError, merge, read_yaml, within
 from raysparse.recipes import finetune, pretrain
 from raysparse.recipes.finetune import FinetuneConfig
 from raysparse.recipes.job import Job, opening, write_atomically
@@ -102,7 +102,7 @@ def pretrain_configs(config: CompareConfig) -> dict[str, PretrainConfig]:
     configs = {}
     for name, changes in config.methods.items():
         own = merge({"sparsity": {"target": config.sparsity}}, changes)
-        with _in_method(name):
+        with within(f"methods.{name}"):
             configs[f"pretrain-{name}"] = PretrainConfig.check(config.pretrain.values(config.run, f"pretrain-{name}", own))
     return configs
 
@@ -132,7 +132,7 @@ def open_runs(config: CompareConfig) -> list[Job]:
         for stage in pretrained.values():
             begun.enter_context(opening("pretrain", stage, stage.run))
         for name, stage in zip(config.methods, pretrained.values(), strict=True):
-            with _in_method(name):
+            with within(f"methods.{name}"):
                 pretrain.check(stage)  # of all, before the first folder is filled
         jobs = {name: pretrain.open_run(stage) for name, stage in pretrained.items()}
         return [*jobs.values(), *(finetune.open_run(stage, jobs[_parent(stage)].prepared["tokenizer"]) for stage in tuned.values())]
@@ -166,15 +166,6 @@ def report(config: CompareConfig, folders: list[Path]) -> tuple[dict[str, Any], 
         "distances": distances,
     }
     return facts, f"{table.terminal()}\nPlots and details: {root / 'report.html'}"
-
-
-@contextmanager
-def _in_method(name: str) -> Iterator[None]:
-    """A `ConfigError` in here says whose it is."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"methods.{name}: {error}") from None
 
 
 def _ends_sparse(config: PretrainConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from raysparse.config import Config, ConfigError, merge
+from raysparse.config import Config, ConfigError, merge, within
 from raysparse.models.build import skeleton
 from raysparse.recipes import evaluate, finetune, pretrain, prune
 from raysparse.recipes.compare import Launch, MethodName, StageConfig
@@ -81,7 +81,8 @@ class Stages:
             raise ConfigError(f"Expected {config.run.path} to be new or a recovery. Got a run of another verb. Choose another run.name.")
         self.pretrain = None if config.pretrain is None else PretrainConfig.check(config.pretrain.values(config.run, "pretrained", {}))
         base = {} if self.pretrain is None else {"model": {"path": str(self.pretrain.run.path)}}
-        self.teacher = FinetuneConfig.check(config.teacher.values(config.run, "teacher", base))
+        with within("teacher"):
+            self.teacher = FinetuneConfig.check(config.teacher.values(config.run, "teacher", base))
         shared = self.teacher.model_dump(mode="json", include={"task", "context", "source_context"})
         model = shared | {"model": {"preset": None, "path": str(self.teacher.run.path), "overrides": {}}}
         self.pruned: dict[Key, PruneConfig] = {}
@@ -90,7 +91,8 @@ class Stages:
             for seed in config.seeds:
                 run = config.run.model_copy(update={"seed": seed})
                 own = model | {"sparsity": {"target": level}}
-                self.pruned[level, seed] = PruneConfig.check(config.prune.values(run, f"prune-{level:g}-{seed}", own))
+                with within("prune"):
+                    self.pruned[level, seed] = PruneConfig.check(config.prune.values(run, f"prune-{level:g}-{seed}", own))
                 path = {"path": str(self.pruned[level, seed].run.path)}
                 for way, changes in config.ways.items():
                     own = shared | {"model": {"preset": None, "overrides": {}} | path, "tokenizer": None, "sparsity": {"masks": "keep"}}
@@ -98,7 +100,8 @@ class Stages:
                     if own.get("distillation") is not None:
                         own = merge(own, {"distillation": {"teacher": str(self.teacher.run.path)}})
                     values = config.finetune.values(run, f"{way}-{level:g}-{seed}", own)
-                    self.tuned[level, seed, way] = FinetuneConfig.check(values)
+                    with within(f"finetune or ways.{way}"):
+                        self.tuned[level, seed, way] = FinetuneConfig.check(values)
         for stage in (self.teacher, *self.tuned.values()):
             check_sizes(stage)
 

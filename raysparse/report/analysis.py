@@ -85,12 +85,18 @@ def layer_label(name: str) -> str:
     return short(name.removesuffix(".weight").removeprefix("transformer.").removeprefix("model."), 30)
 
 
-def lines_by_sparsity(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], unit: Mapping[str, str], label: str) -> str:
+def lines_by_sparsity(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    unit: Mapping[str, str],
+    label: str,
+    of: str = "the pre-trained model",
+) -> str:
     """A panel a key of `panels`: lines over the sparsity in per cent.
 
     Args:
         panels: title -> name of a line -> its points (sparsity, value).
         unit: title -> label of the vertical axis.
+        of: whose sparsity it is.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     with style():
@@ -99,7 +105,7 @@ def lines_by_sparsity(panels: Mapping[str, Mapping[str, Sequence[tuple[float, fl
             for name, points in lines.items():
                 i = names.index(name)
                 axes.plot([100 * x for x, _ in sorted(points)], [y for _, y in sorted(points)], **(stroke(i) | dots(i)), label=short(name))
-            axes.set(title=short(title, 60), xlabel="sparsity of the pre-trained model (%)", ylabel=unit[title])
+            axes.set(title=short(title, 60), xlabel=f"sparsity of {of} (%)", ylabel=unit[title])
             axes.margins(x=0.08, y=0.15)
         found = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=1)

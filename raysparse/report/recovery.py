@@ -109,9 +109,11 @@ class Recovery:
             }
             for name in dict.fromkeys((self.measure, LOSS))
         }
-        picture = lines_by_sparsity(lines, dict(zip(lines, lines, strict=True)), "Quality over sparsity, by what is learned from")
+        picture = lines_by_sparsity(
+            lines, dict(zip(lines, lines, strict=True)), "Quality over sparsity, by what is learned from", "the model"
+        )
         title = f"raysparse: what comes back of {self.name}"
-        drawn = figure(picture, "The dense teacher is at 0 %. Means over the seeds.")
+        drawn = f'<div class="plots">{figure(picture, "The dense teacher is at 0 %. Means over the seeds.")}</div>'
         parts = (f"<h1>{text(title)}</h1>", bullets(self.notes), drawn, self.table.blocks[0].html(), preformatted([command]))
         return page(title, parts)
 

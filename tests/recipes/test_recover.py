@@ -108,11 +108,14 @@ def test_what_is_wrong_with_a_late_stage_is_found_before_the_teacher_is_trained(
         assert text in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "runs" / "back").exists()
 
-    refused({"levels": [0.75, 0.5]}, "Expected levels that rise. Got 0.75, 0.5")
+    refused({"levels": [0.75, 0.5]}, "Expected levels that rise. Got 0.75, 0.5. Put them in order Correct these keys")
     refused({"levels": [0.8333331, 0.8333332]}, "Expected levels that six digits tell apart")
     refused({"ways": {"prune": {}}}, "Expected ways with names of their own. Got prune")
     refused({"seeds": [1, 1]}, "Expected each seed once. Got 1, 1")
-    refused({"ways": {"kl": {"distillation": {"logit": -1}}}}, "distillation.logit")
+    refused(
+        {"ways": {"kl": {"distillation": {"logit": -1}}}},
+        "finetune or ways.kl: Expected a valid FinetuneConfig. Got 1 problem: distillation.logit",
+    )
     refused({"ways": {"kl": {"distilation": {}}}}, "distilation")
     scratch = {"tokenizer": {"type": "train", "vocab_size": 300}, "model": {"preset": "debug", "path": None}}
     alone = {"pretrain": None, "teacher": values["teacher"] | {"set": scratch}}
