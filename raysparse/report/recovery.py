@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from statistics import mean, stdev
@@ -78,7 +78,7 @@ class Recovery:
     @property
     def notes(self) -> tuple[str, ...]:
         seeds = len(self.rows[0].summaries)
-        meaning = f"; mean ± standard error, * where a t-test over {seeds} seeds has p < 0.05" if seeds > 1 else ""
+        meaning = f"; mean ± standard error, * where a t-test over {seeds} seeds has p < 0.05" if seeds > 1 else "; one seed judges nothing"
         return (
             f"{'Mean ± standard deviation' if seeds > 1 else 'One value'} over {seeds} seed{'s' * (seeds > 1)} of pruning and fine-tuning; "
             "one teacher. Every way has the same settings and steps: none is tuned.",
@@ -114,7 +114,13 @@ class Recovery:
         )
         title = f"raysparse: what comes back of {self.name}"
         drawn = f'<div class="plots">{figure(picture, "The dense teacher is at 0 %. Means over the seeds.")}</div>'
-        parts = (f"<h1>{text(title)}</h1>", bullets(self.notes), drawn, self.table.blocks[0].html(), preformatted([command]))
+        parts = (
+            f"<h1>{text(title)}</h1>",
+            bullets(self.notes),
+            drawn,
+            replace(self.table.blocks[0], notes=()).html(),
+            preformatted([command]),
+        )
         return page(title, parts)
 
 
