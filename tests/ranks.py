@@ -1,8 +1,6 @@
 """Gloo ranks without Ray: a fork server that has torch loaded starts a rank in about 0.1 s."""
 
-import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +29,9 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
                 "raysparse.recipes",
             ]
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that nobody else can take meanwhile
     queue = _CONTEXT.Queue()
-    ranks = [_CONTEXT.Process(target=_rank, args=(r, world_size, port, function, args, queue)) for r in range(world_size)]
+    ranks = [_CONTEXT.Process(target=_rank, args=(r, world_size, store.port, function, args, queue)) for r in range(world_size)]
     for rank in ranks:
         rank.start()
     try:
@@ -57,10 +53,9 @@ class _Failure:
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.manual_seed(1234 + rank)  # nothing may depend on the global generator
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=world_size)
     try:
         result = function(*args)
     except BaseException:

@@ -3,7 +3,8 @@
 And the order in which rows, these or those of `seq2seq`, are trained on.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,18 +75,21 @@ class PairRows:
         """Every (example, reference) is a pair; `context` is the longest `Batch.input_ids`, one less than a whole row."""
         pairs = pairs_of(examples, task)
         separator = _separator(tokenizer, task, context)
-        rows: list[list[int]] = []
         num_prompt: list[int] = []
         num_truncated = num_truncated_targets = 0
-        prompts, targets = (encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
-        for prompt, target in zip(prompts, targets, strict=True):
-            num_truncated_targets += len(target) > context // 2
-            target = [*target[: context // 2], tokenizer.eos_token_id]
-            room = context + 1 - len(separator) - len(target)
-            num_truncated += len(prompt) > room
-            rows.append([*cut(prompt, room, task), *separator, *target])
-            num_prompt.append(len(rows[-1]) - len(target))
-        ids, first = joined(rows)
+
+        def rows() -> Iterator[list[int]]:
+            nonlocal num_truncated, num_truncated_targets
+            prompts, targets = (encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
+            for prompt, target in zip(prompts, targets, strict=True):
+                num_truncated_targets += len(target) > context // 2
+                target = [*target[: context // 2], tokenizer.eos_token_id]
+                room = context + 1 - len(separator) - len(target)
+                num_truncated += len(prompt) > room
+                num_prompt.append(min(len(prompt), room) + len(separator))
+                yield [*cut(prompt, room, task), *separator, *target]
+
+        ids, first = joined(rows())
         return PairRows(ids, first, np.array(num_prompt), context, pad_id(tokenizer), num_truncated, num_truncated_targets)
 
     def __len__(self) -> int:
@@ -191,10 +195,13 @@ def pairs_of(examples: Sequence[Example], task: Task) -> list[tuple[str, str]]:
     return pairs
 
 
-def joined(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], Ints]:
-    """Rows of tokens one after the other, and where each begins; the end of the last one too."""
-    first = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(first[-1])), first
+def joined(rows: Iterable[Sequence[int]]) -> tuple[NDArray[np.int32], Ints]:
+    """Rows of tokens one after the other, and where each begins; the end of the last one too. Of `rows` it holds one at a time."""
+    ids, first = array("i"), array("q", [0])
+    for row in rows:
+        ids.extend(row)
+        first.append(len(ids))
+    return np.frombuffer(ids, dtype=np.int32), np.frombuffer(first, dtype=np.int64)
 
 
 def padded(sizes: Ints, longest: int) -> int:
@@ -207,10 +214,8 @@ def cut(prompt: list[int], room: int, task: Task) -> list[int]:
     return prompt[:room] if task.cut == "end" else prompt[max(0, len(prompt) - room) :]
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
-    """Ids without special tokens; a special token written in a text is text."""
-    found: list[list[int]] = []
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> Iterator[list[int]]:
+    """Ids without special tokens, a lot of texts at a time; a special token written in a text is text."""
     for first in range(0, len(texts), _LOT):
         lot = list(texts[first : first + _LOT])
-        found += tokenizer(lot, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return found
+        yield from tokenizer(lot, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

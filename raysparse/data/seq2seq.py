@@ -3,7 +3,7 @@
 A source is read once, however many answers it has: rows name the source that they belong to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,9 +59,15 @@ class TextSources:
     @staticmethod
     def encode(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", task: Task, context: int) -> "TextSources":
         """Prompts are cut, at the end that ``task.cut`` tells, where they have no room in `context` with the end of text behind them."""
-        prompts = encode(tokenizer, [task.prompt(example) for example in examples])
-        ids, first = joined([[*cut(prompt, context - 1, task), tokenizer.eos_token_id] for prompt in prompts])
-        return TextSources(ids, first, context, pad_id(tokenizer), np.array([len(prompt) >= context for prompt in prompts]))
+        truncated: list[bool] = []
+
+        def sources() -> Iterator[list[int]]:
+            for prompt in encode(tokenizer, [task.prompt(example) for example in examples]):
+                truncated.append(len(prompt) >= context)
+                yield [*cut(prompt, context - 1, task), tokenizer.eos_token_id]
+
+        ids, first = joined(sources())
+        return TextSources(ids, first, context, pad_id(tokenizer), np.array(truncated))
 
     @property
     def sizes(self) -> Ints:
@@ -106,11 +112,16 @@ class Seq2seqRows:
         Args:
             start: what the decoder begins with, see `first_tokens`.
         """
-        targets = encode(tokenizer, [target for _, target in pairs_of(examples, task)])
-        room = context - len(start)
-        ids, first = joined([[*start, *target[:room], tokenizer.eos_token_id] for target in targets])
+        room, num_cut = context - len(start), 0
+
+        def answers() -> Iterator[list[int]]:
+            nonlocal num_cut
+            for target in encode(tokenizer, [target for _, target in pairs_of(examples, task)]):
+                num_cut += len(target) > room
+                yield [*start, *target[:room], tokenizer.eos_token_id]
+
+        ids, first = joined(answers())
         of = np.repeat(np.arange(len(examples)), [len(example.references) for example in examples])
-        num_cut = sum(len(target) > room for target in targets)
         return Seq2seqRows(sources, of, ids, first, context, pad_id(tokenizer), int(sources.truncated[of].sum()), num_cut)
 
     def __len__(self) -> int:

@@ -140,6 +140,22 @@ def build(
     return _finished(model)
 
 
+def hollow(
+    config: ModelConfig, vocab_size: int | None = None, context: int | None = None, kinds: Sequence[Kind] = CAUSAL
+) -> "PreTrainedModel":
+    """What `build` makes, in memory that nobody has written to and that costs none until then: of ranks that are sent their rows of the
+    weights (`raysparse.train.shard.shard`). Arguments and errors as for `architecture`."""
+    model = skeleton(config, vocab_size, context, kinds)
+    made: dict[int, nn.Parameter] = {}  # ties stay ties, which ``to_empty`` would cut
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            empty = torch.empty_like(weight, device="cpu", requires_grad=False)
+            setattr(module, name, made.setdefault(id(weight), nn.Parameter(empty, weight.requires_grad)))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    return model
+
+
 def _hears_less(config: ModelConfig, hf_config: "PretrainedConfig") -> int | None:
     """The positions of a Whisper that is to hear less than what is stored at its path, which `hf_config` then has as they are stored."""
     wanted = getattr(hf_config, "max_source_positions", None)

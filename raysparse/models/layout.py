@@ -28,7 +28,7 @@ def to_linear(model: M) -> M:
     """
     from transformers.pytorch_utils import Conv1D
 
-    for parent in list(model.modules()):
+    for parent in [module for module in model.modules() if not isinstance(module, Conv1D)]:  # a list of all would keep the old weights
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv1D):
                 setattr(parent, name, _linear(child.weight, child.bias))

@@ -18,7 +18,7 @@ from raysparse.data.tokenizer import AnyTokenizer
 from raysparse.kernels.bits import unpack
 from raysparse.models import int8
 from raysparse.models.adapters import AllWeights, AnyAdapters, LowRank, adapt, merge
-from raysparse.models.build import architecture, block_linears, build, skeleton
+from raysparse.models.build import architecture, block_linears, skeleton
 from raysparse.recipes import evaluate, teachers, training
 from raysparse.recipes.export import MASKS, write_model
 from raysparse.recipes.job import Job, check_folder, open_job, opening
@@ -248,7 +248,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
     task, masks = config.task, _masks(config)
     tokenizer = evaluate.load_tokenizer(tokenizer_folder)
     splits = evaluate.load_examples(Path(job.prepared["examples"]))
-    model = build(config.model, config.run.seed, len(tokenizer), config.context, kinds_for(task))
+    model = training.first_builds(run, config.model, config.run.seed, len(tokenizer), config.context, kinds_for(task))
     reader = reader_of(config, tokenizer, model.config)
     sparse = block_linears(model) if masks is None else _keys(masks)
     device, keep = resolve_device(config.run), masks if config.sparsity.masks == "keep" else None
@@ -280,7 +280,7 @@ def work(job: Job, run: Run) -> dict[str, Any]:
         adapters=config.adapters,
         quantization=config.quantization,
         distillation=(taught := config.distillation),
-        teacher=taught and teachers.read(taught, config.model, reader),
+        teacher=taught and teachers.read(run, taught, config.model, reader),
     )
     parent = None if config.model.path is None else Path(config.model.path).parent / "summary.json"
     facts = {

@@ -184,7 +184,7 @@ def check_sources(data: DataConfig) -> None:
 def work(job: Job, run: Run) -> dict[str, Any]:
     """Train on this rank; rank 0 writes the model in Hugging Face format and returns the run's summary."""
     config, data = PretrainConfig.check(job.config), Prepared(**job.prepared)
-    model = build(config.model, config.run.seed, data.vocab_size, config.data.context)
+    model = training.first_builds(run, config.model, config.run.seed, data.vocab_size, config.data.context)
     given = load_file(str(job.path / FIRST_MASKS)) if config.sparsity.given else {}
     agenda = agenda_of(config, model, nnz_of_bits(given))
 

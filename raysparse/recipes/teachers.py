@@ -3,10 +3,12 @@
 from typing import Any
 
 from raysparse.config import ConfigError
-from raysparse.models.build import ModelConfig, architecture, build
+from raysparse.models.build import ModelConfig, architecture
 from raysparse.recipes import evaluate
 from raysparse.recipes.reading import Reader, kinds_for
+from raysparse.recipes.training import first_builds
 from raysparse.train.distill import DistillationConfig
+from raysparse.train.run import Run
 
 _ALIKE = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size", "max_source_positions")
 
@@ -25,9 +27,9 @@ def check(config: DistillationConfig, student: ModelConfig, reader: Reader) -> s
     return evaluate.weights_digest(folder)
 
 
-def read(config: DistillationConfig, student: ModelConfig, reader: Reader) -> Any:
-    """The model, for a student whose `reader` it is."""
-    model = build(_section(config, student), 0, len(reader.tokenizer), reader.context, kinds_for(reader.task))
+def read(run: Run, config: DistillationConfig, student: ModelConfig, reader: Reader) -> Any:
+    """The model (see `first_builds`), for a student whose `reader` it is. Every rank calls this."""
+    model = first_builds(run, _section(config, student), 0, len(reader.tokenizer), reader.context, kinds_for(reader.task))
     _check_alike(config, reader.hf_config, model.config)
     return model
 

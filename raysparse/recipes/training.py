@@ -17,7 +17,7 @@ from raysparse.data.batch import Batch, Feed
 from raysparse.kernels.bits import pack
 from raysparse.models.adapters import Adapters, AllWeights, adapt, is_factor, merge, needs_no_gradient
 from raysparse.models.attention import HybridAttention
-from raysparse.models.build import ModelConfig, blocks
+from raysparse.models.build import ModelConfig, blocks, build, hollow
 from raysparse.models.features import BlockOutputs, ChosenLogits
 from raysparse.models.int8 import Quantization, make_aware
 from raysparse.models.multiplied import flops_architecture
@@ -39,7 +39,7 @@ from raysparse.train.metrics import LoggingConfig, Meter
 from raysparse.train.objective import CrossEntropy, Objective
 from raysparse.train.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from raysparse.train.placement import largest_share, scattered, show_shares
-from raysparse.train.process import forget_peak_memory, peak_memory_bytes
+from raysparse.train.process import alike, forget_peak_memory, gathered, peak_memory_bytes
 from raysparse.train.recovery import resume
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded, ShardingConfig, shard
@@ -116,7 +116,7 @@ class Ingredients:
     """What differs between recipes.
 
     Attributes:
-        model: built alike on every rank, float32, on the CPU.
+        model: float32, on the CPU, see `first_builds`.
         sparse: whole shapes of the weights that may be sparse (all of them live in a dense run).
         target: the sparsity that was asked for; None where masks came with the model.
         agenda: phases of the run, and what happens to the masks.
@@ -142,6 +142,17 @@ class Ingredients:
     quantization: Quantization = "none"
     distillation: DistillationConfig | None = None
     teacher: Any = None
+
+
+def first_builds(run: Run, config: ModelConfig, seed: int, *of: Any) -> Any:
+    """The model of `raysparse.models.build.build` on the first rank, a hollow one on the others, whose hosts need not hold it whole.
+
+    Every rank calls this.
+
+    Args:
+        of: vocab_size, context and kinds.
+    """
+    return alike(lambda: build(config, seed, *of) if run.rank == 0 else hollow(config, *of))
 
 
 def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) -> tuple[Training, State]:
@@ -221,9 +232,7 @@ def tell_placement(job: Job, config: TrainingRunConfig, run: Run) -> None:
     """Say how the batch is shared out where that may change, and that replicas lie badly; every rank calls this."""
     if config.run.elastic and not config.run.parity:
         run.show({"text": f"{job.path.name}: {show_shares(config.training.sequences, run.world_size)}"})
-    nodes: list[Any] = [None] * run.world_size
-    dist.all_gather_object(nodes, run.node)
-    if (told := scattered(config.sharding, nodes)) is not None:
+    if (told := scattered(config.sharding, gathered(run.node))) is not None:
         run.show({"text": told})
 
 
@@ -407,7 +416,14 @@ def header(job: Job, config: Config, run: Run) -> dict[str, Any]:
 
 
 def gather(t: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights, bit-packed masks), whole, on the CPU of every rank; every rank calls this."""
-    weights = {name: t.sharded.whole(name, part.local.detach()) for name, part in t.sharded.parts.items()}
-    masks = {} if t.topology is None else {name: t.sharded.whole(name, pack(m)) for name, m in t.topology.masks.items()}
-    return weights, masks
+    """(weights, bit-packed masks), whole, on the CPU of the first rank; the others get empty dicts. Every rank calls this."""
+
+    def whole(locals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, local in locals.items():
+            value = t.sharded.whole(name, local.detach())
+            if t.run.rank == 0:
+                found[name] = value
+        return found
+
+    return whole(t.sharded.local), {} if t.topology is None else whole({name: pack(m) for name, m in t.topology.masks.items()})

@@ -4,16 +4,20 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raysparse.config import ConfigError
 from raysparse.sparsity.ranks import Ranks
+
+T = TypeVar("T")
 
 
 def torchrun_rank() -> tuple[int, int] | None:
@@ -90,6 +94,26 @@ def ranks_of(group: dist.ProcessGroup, device: torch.device) -> Ranks:
         sum_lower=sum_lower,
         max=lambda x: reduce(x, dist.ReduceOp.MAX),
     )
+
+
+def gathered(value: Any) -> list[Any]:
+    """Of all ranks, in their order. Every rank calls this."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def alike(make: Callable[[], T]) -> T:
+    """What each rank makes. A `ConfigError` of one is raised on all, which would wait for it else. Every rank calls this."""
+    made, problem = None, None
+    try:
+        made = make()
+    except ConfigError as error:
+        problem = str(error)
+    for found in gathered(problem):
+        if found is not None:
+            raise ConfigError(found)
+    return cast(T, made)
 
 
 def forget_peak_memory() -> None:

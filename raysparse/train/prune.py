@@ -19,6 +19,7 @@ from raysparse.models.walk import BlockWalk
 from raysparse.sparsity.pattern import Pattern
 from raysparse.sparsity.plan import SparsityPlan
 from raysparse.sparsity.pruning import Layer, Pruner, Total
+from raysparse.train.process import gathered
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def _settle(rule: Pruner, layers: Mapping[str, Layer], statistics: Mapping[str, 
         except torch.linalg.LinAlgError as error:
             problems.append(f"{name}: {error}")
         whole.pop(name, None)
-    if found := [problem for some in _all(problems) for problem in some]:
+    if found := [problem for some in gathered(problems) for problem in some]:
         raise ConfigError(
             f"Expected finite inputs of every layer, and a Hessian that is positive definite. Got {found[0]} Raise method.damping, or look "
             "at the model: its activations may overflow."
@@ -135,7 +136,7 @@ def _settle(rule: Pruner, layers: Mapping[str, Layer], statistics: Mapping[str, 
 def _handed_over(statistics: Mapping[str, Total], owners: Mapping[str, int]) -> dict[str, Total]:
     """All ranks' nodes of the layers that are this rank's."""
     rank = dist.get_rank()
-    known = _all({name: [(*node, tuple(value.shape)) for node, value in total.nodes.items()] for name, total in statistics.items()})
+    known = gathered({name: [(*node, tuple(value.shape)) for node, value in total.nodes.items()] for name, total in statistics.items()})
     if unseen := [name for name in statistics if not any(nodes[name] for nodes in known)]:
         raise ConfigError(
             f"Expected calibration samples to pass through every layer. Got none through {unseen[0]}. Use more samples, or leave it out "
@@ -154,13 +155,6 @@ def _handed_over(statistics: Mapping[str, Total], owners: Mapping[str, int]) -> 
                         dist.recv(value, source)
                     whole.setdefault(name, Total()).add(number, value, level)
     return whole
-
-
-def _all(value: Any) -> list[Any]:
-    """Of all ranks, in their order."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
 
 
 def _device() -> str:

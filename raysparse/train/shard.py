@@ -26,7 +26,7 @@ from raysparse.kernels.bits import unpack
 from raysparse.sparsity.ranks import ALONE, Ranks
 from raysparse.sparsity.topology import Rows, Topology
 from raysparse.train.exchange import WORTH, Choice, Exchange, Layout, Mode, Wire
-from raysparse.train.process import ranks_of
+from raysparse.train.process import gathered, ranks_of
 
 
 class ShardingConfig(Config):
@@ -374,7 +374,10 @@ def shard(
     wire: Wire | None = None,
     offload: bool = False,
 ) -> Sharded:
-    """Spread a model that every rank built alike (float32, on the CPU) over the default process group.
+    """Spread the first rank's model (float32, on the CPU) over the default process group.
+
+    The other ranks' models have its shapes and ties; their values are not looked at, so they may be `raysparse.models.build.hollow`.
+    Weights are sent one after the other: no rank but the first holds more than its rows and the largest of them.
 
     Args:
         blocks: the units that are gathered together under FSDP2.
@@ -386,9 +389,29 @@ def shard(
     weight and gradient in each step for nothing (16 % of it on a CPU, docs/benchmarks.md). In bfloat16 FSDP2 does the casting.
     """
     alone = dist.get_world_size() == 1 and dtype == torch.float32
+    values = {name: weight.detach() for name, weight in module.named_parameters()} if dist.get_rank() == 0 else {}
     if config.type == "fsdp2" and not alone:
-        return FSDP2(module, blocks, config, device, dtype, wire, offload)
-    return (Fairscale if config.type == "fairscale" else Replicated)(module, device, dtype)
+        sharded: Sharded = FSDP2(module, blocks, config, device, dtype, wire, offload)
+    else:
+        sharded = (Fairscale if config.type == "fairscale" else Replicated)(module, device, dtype)
+    if dist.get_world_size() > 1:
+        _hand_out(values, sharded, device)
+    return sharded
+
+
+@torch.no_grad()
+def _hand_out(values: dict[str, Tensor], sharded: Sharded, device: str) -> None:
+    """Each rank gets its rows of the first rank's weights, and its buffers.
+
+    Args:
+        values: by name, of the first rank, which lets go of them one after the other.
+    """
+    for name, part in sharded.parts.items():
+        whole = values.pop(name).to(device) if values else torch.empty(part.shape, dtype=part.local.dtype, device=device)
+        dist.broadcast(whole, 0)
+        part.local.copy_(whole[part.first : part.first + part.local.shape[0]] if part.shape else whole)
+    for buffer in sharded.module.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def _part(parameter: DTensor) -> Part:
@@ -406,9 +429,7 @@ def _in_buffer(unit: FSDPModule) -> list[nn.Parameter]:
 
 def _slowest(seconds: float) -> float:
     """The largest over all ranks."""
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, seconds)
-    return max(box)
+    return max(gathered(seconds))
 
 
 def _world() -> dist.ProcessGroup:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raysparse.config import ConfigError
-from raysparse.models.build import ModelConfig, architecture, build, skeleton
+from raysparse.models.build import ModelConfig, architecture, build, hollow, skeleton
 
 DEBUG = ModelConfig(preset="debug")
 NO_END: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -91,6 +91,16 @@ def test_skeleton_and_build_agree():
     assert [(n, p.shape) for n, p in thin.named_parameters()] == [(n, p.shape) for n, p in real.named_parameters()]
     assert thin.lm_head.weight is thin.transformer.wte.weight
     assert not any(parameter.is_meta for parameter in real.parameters())
+
+
+def test_hollow_and_build_agree():
+    empty: Any = hollow(DEBUG, 97, 16)
+    real: Any = build(DEBUG, 0, 97, 16)
+    for kind in ("named_parameters", "named_buffers"):
+        of_both = [[(n, t.shape, t.dtype, t.device, t.requires_grad) for n, t in getattr(m, kind)()] for m in (empty, real)]
+        assert of_both[0] == of_both[1]
+    assert empty.state_dict().keys() == real.state_dict().keys()
+    assert empty.lm_head.weight is empty.transformer.wte.weight
 
 
 def test_small_vocabulary_has_no_end_of_text(caplog):

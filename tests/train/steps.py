@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from raysparse.data.batch import IGNORED, Batch, Feed
 from raysparse.kernels.bits import pack, unpack
 from raysparse.models.adapters import AnyAdapters
-from raysparse.models.build import build, select
+from raysparse.models.build import select
 from raysparse.models.hub_config import ANY_KIND, kind_of
 from raysparse.recipes import training
 from raysparse.recipes.job import Job
@@ -131,7 +131,8 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
     settings, sparse, folder = config(**sections), SparsityConfig.check(sparsity), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claim").write_text("me")
-    model = build(settings.model, settings.run.seed, context=CONTEXT, kinds=ANY_KIND)
+    run = LocalRun(Console((folder / "console.txt").open("a")))
+    model = training.first_builds(run, settings.model, settings.run.seed, None, CONTEXT, ANY_KIND)
     whole = dict(model.named_parameters())
     agenda = Agenda(
         sparsity=sparse,
@@ -163,11 +164,10 @@ def assemble(folder: str | Path, sections: dict[str, Any], sparsity: dict[str, A
         adapters=adapters,
         quantization=quantization,
         distillation=taught,
-        teacher=taught and build(settings.model, 4, context=CONTEXT, kinds=ANY_KIND),
+        teacher=taught and training.first_builds(run, settings.model, 4, None, CONTEXT, ANY_KIND),
     )
     job = Job("pretrain", settings.model_dump(mode="json"), {}, str(folder), "me")
-    quiet = Console((folder / "console.txt").open("a"))
-    return training.assemble(job, settings, LocalRun(quiet), parts)
+    return training.assemble(job, settings, run, parts)
 
 
 def masks_of(t: Training) -> dict[str, torch.Tensor]:

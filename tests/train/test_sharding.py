@@ -1,20 +1,29 @@
 """Every kind of sharding trains the same sparse model; bytes on the wire are what the plan says."""
 
+import ctypes
 import importlib.util
+import sys
+import tempfile
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from raysparse.config import ConfigError
 from raysparse.data.tokens import DataConfig
-from raysparse.models.build import skeleton
+from raysparse.models.build import ModelConfig, blocks, build, skeleton
+from raysparse.recipes import training
 from raysparse.recipes.plan import estimate_bytes_sent
 from raysparse.recipes.pretrain import PretrainConfig, agenda_of
 from raysparse.train.loop import forward_backward, update
+from raysparse.train.metrics import Console
 from raysparse.train.optimizer import moments
-from raysparse.train.shard import ShardingConfig
+from raysparse.train.process import alike, forget_peak_memory, peak_memory_bytes
+from raysparse.train.run import LocalRun
+from raysparse.train.shard import ShardingConfig, shard
 from tests.ranks import spawn
 from tests.train.steps import CONTEXT, SPARSE, assemble, config, dead, masks_of, run
 
@@ -52,6 +61,76 @@ def test_every_kind_trains_the_same_model(alone, tmp_path, kind, micro):
         for name, mask in dead(other).items():
             assert not other[f"model/{name}"][mask].any()
             torch.testing.assert_close(other[f"model/{name}"], alone[f"model/{name}"], rtol=0, atol=1e-3)
+
+
+LARGE = {"preset": "debug", "overrides": {"n_embd": 512, "n_head": 2, "n_layer": 16, "vocab_size": 97}}
+"""200 MB of weights."""
+
+
+def memory_of_first_and_second(kind: str) -> tuple[float, dict[str, float]]:
+    """(growth of this rank's peak while a model is made and sharded, in sizes of the model; sums of this rank's values)."""
+    model, place = ModelConfig.check(LARGE), ShardingConfig.check(KINDS[kind])
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system, and the peak is what was held
+    small = build(ModelConfig(preset="debug"), 0, 97, CONTEXT)
+    shard(small, blocks(small), place, "cpu", torch.float32)  # what is imported and allocated once
+    with tempfile.TemporaryFile("w") as file:
+        local = LocalRun(Console(file))
+        forget_peak_memory()
+        before = peak_memory_bytes()
+        whole = training.first_builds(local, model, 3, None, CONTEXT)
+        size = sum(weight.nbytes for weight in whole.parameters())
+        sharded = shard(whole, blocks(whole), place, "cpu", torch.float32)
+        grown = (peak_memory_bytes() - before) / size
+    whole_values = {name: sharded.whole(name, part.local.detach()).double().sum().item() for name, part in sharded.parts.items()}
+    return grown, whole_values
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets glibc's malloc")
+def test_only_the_first_rank_holds_a_model_whole_while_it_is_made():
+    (first, values), (second, others) = spawn(memory_of_first_and_second, 2, "fsdp2")
+    assert values == others
+    built = build(ModelConfig.check(LARGE), 3, context=CONTEXT)
+    assert {name: weight.double().sum().item() for name, weight in built.named_parameters()} == pytest.approx(values, abs=1e-9)
+    assert 1.4 < first < 1.8, f"{first:.2f}: the whole model, and its own half"
+    assert second < 0.75, f"{second:.2f} of the model, of which this rank keeps a half, and the largest weight for a while"
+
+
+def logits_after(kind: str) -> tuple[Tensor, Tensor]:
+    """Of a Llama, whose positions are in buffers, before it is sharded and after; on the second rank all values are others before."""
+    sections(kind)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    ids = torch.arange(12).view(1, 12)
+    before = model(input_ids=ids).logits.detach()
+    if dist.get_rank() > 0:
+        for value in (*model.parameters(), *model.buffers()):
+            value.data.fill_(7)
+    sharded = shard(model, blocks(model), ShardingConfig.check(KINDS[kind]), "cpu", torch.float32)
+    return before, sharded.module(input_ids=ids).logits.detach()
+
+
+@pytest.mark.parametrize("kind", ["none", "fsdp2", "replicas", "fairscale"])
+def test_every_rank_gets_weights_and_buffers_of_the_first(kind):
+    for before, after in spawn(logits_after, 2, kind):
+        assert torch.equal(before, after)
+
+
+def fails_on_the_second() -> str:
+    def make() -> int:
+        if dist.get_rank() == 1:
+            raise ConfigError("Expected a file. Got none.")
+        return 0
+
+    try:
+        alike(make)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_one_rank_cannot_read_all_ranks_tell():
+    assert spawn(fails_on_the_second, 2) == ["Expected a file. Got none."] * 2
 
 
 def handed_to_fairscale(folder: str) -> tuple[dict[str, int], int, int]:
