@@ -125,6 +125,7 @@ SPREAD = {
     "none": {"type": "none"},
     "fsdp2": {"type": "fsdp2"},
     "packed": {"type": "fsdp2", "packed": "on"},
+    "replicas": {"type": "fsdp2", "replicas": 2},
     "recomputed": {"type": "fsdp2"},
 }
 
@@ -139,6 +140,23 @@ def test_two_ranks_learn_what_one_learns(alone, tmp_path, kind):
         for name, mask in dead(other).items():
             assert not other[f"model/{name}"][mask].any()
             torch.testing.assert_close(other[f"model/{name}"], alone[f"model/{name}"], rtol=0, atol=1e-3)
+
+
+def test_bfloat16_is_close(alone, tmp_path):
+    settings = sections(run={"precision": "bfloat16"})
+    one, two = (spawn(run, ranks, str(tmp_path / str(ranks)), settings, SPARSE)[0] for ranks in (1, 2))
+    for other in (one, two):
+        torch.testing.assert_close(torch.tensor(other["history"]), torch.tensor(alone["history"]), rtol=2e-2, atol=0)
+        assert other["state"]["losses"]["validation"] == pytest.approx(alone["state"]["losses"]["validation"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_alike(alone, tmp_path):
+    settings = sections()
+    settings["training"] |= {"compile": True}
+    compiled = spawn(run, 2, str(tmp_path), settings, SPARSE, timeout_s=600.0)[0]
+    assert compiled["digest"] == alone["digest"]
+    torch.testing.assert_close(torch.tensor(compiled["history"]), torch.tensor(alone["history"]), rtol=1e-3, atol=0)
 
 
 def test_parity_is_bit_equal_at_two_ranks(tmp_path):
