@@ -43,7 +43,7 @@ def measure(folder: Path, calls: int, many: int) -> dict[str, Any]:
 def through(manager: Manager, agenda: Agenda, world_size: int, calls: int) -> dict[str, list[float]]:
     """Wall seconds of each `decide` and `commit` of that many updates, by ranks with made-up masks."""
     seconds: dict[str, list[float]] = {"decide": [], "commit": []}
-    attempt = manager.begin("benchmark", agenda.model_dump(mode="json"), world_size, 0, votes(agenda, 0, world_size), []).attempt
+    attempt = manager.begin("benchmark", agenda.model_dump(mode="json"), world_size, 0, votes(agenda, 0, world_size), "").attempt
     for step in agenda.update_steps[:calls]:
         began = time.perf_counter()
         update = manager.decide(step)

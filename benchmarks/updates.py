@@ -54,7 +54,7 @@ class Updates:
 
     def __init__(self, journal: Path, sharded: Sharded, optimizer: Optimizer, topology: Topology):
         self.keeper = Keeper(evolving("rigl", topology.shapes), topology, sharded, optimizer, lambda: MaskManager(journal))
-        self.keeper.begin(0, [])
+        self.keeper.begin(0, "")
         self._local = {name: sharded.local[name].detach() for name in topology.masks}
         random = torch.Generator().manual_seed(dist.get_rank())
         self._drawn = [tuple({n: _normal(x, random) for n, x in self._local.items()} for _ in range(2)) for _ in range(2)]

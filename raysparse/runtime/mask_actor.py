@@ -42,9 +42,7 @@ class ManagerProxy:
         except ValueError as error:
             raise self._lost(str(error)) from None
 
-    def begin(
-        self, nonce: str, agenda: dict[str, Any], world_size: int, version: int, votes: Sequence[Vote], history: list[dict[str, Any]]
-    ) -> Verdict:
+    def begin(self, nonce: str, agenda: dict[str, Any], world_size: int, version: int, votes: Sequence[Vote], history: str) -> Verdict:
         return self._answer(self._actor.begin.remote(nonce, agenda, world_size, version, votes, history))
 
     def decide(self, step: int) -> TopologyUpdate:

@@ -7,26 +7,67 @@ died, is as if it had not been written. Of two writers the one that began last o
 import json
 import os
 import secrets
+import weakref
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, cast, overload
 
 from raysparse.config import ConfigError
 
 
+class Lines(Sequence[bytes]):
+    """Lines of a file, read when they are asked for: in memory a number each. The file may be deleted, or another take its place.
+
+    Args:
+        descriptor: of the file, closed when the lines are gone.
+        start: of the first line, bytes from the begin of the file.
+    """
+
+    def __init__(self, descriptor: int, start: int):
+        self._descriptor, self._ends = descriptor, array("q", [start])
+        weakref.finalize(self, os.close, descriptor)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        start, end = self._ends[number : number + 2]
+        return os.pread(self._descriptor, end - start, start)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def grew(self, size: int) -> None:
+        """The file has a line more, of so many bytes."""
+        self._ends.append(self._ends[-1] + size)
+
+
 class Records(Sequence[dict[str, Any]]):
-    """Records by their lines, read when they are asked for: as objects thousands of them would take five times the memory."""
+    """Records by their lines."""
 
     def __init__(self, lines: Sequence[bytes] = ()):
-        self.lines = list(lines)
+        self.lines = lines
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The inverse of `text`."""
+        return cls(text.encode().splitlines(keepends=True))
+
+    @property
+    def text(self) -> str:
+        return b"".join(self.lines).decode()
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: slice) -> "Records": ...
     def __getitem__(self, index: int | slice) -> Any:
-        found = self.lines[index]
-        return json.loads(found) if isinstance(found, bytes) else list(map(json.loads, found))
+        return Records(self.lines[index]) if isinstance(index, slice) else json.loads(self.lines[index])
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -37,7 +78,7 @@ class Journal:
 
     Attributes:
         header: the first line, with at least ``attempt`` and ``nonce``; empty where there is no file yet.
-        records: the other lines, oldest first.
+        records: the other lines, oldest first; they lie on the disk, so that a run of any length needs no more memory.
 
     Raises:
         ConfigError: the file is not a journal.
@@ -46,10 +87,14 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.header: dict[str, Any] = {}
-        self.records = Records()
+        self._lines: Sequence[bytes] = ()
         self._end = 0
         if path.exists():
-            self._recover(path.read_bytes())
+            self._recover()
+
+    @property
+    def records(self) -> Records:
+        return Records(self._lines)
 
     @property
     def owned(self) -> bool:
@@ -57,13 +102,16 @@ class Journal:
         with self.path.open("rb") as stream:
             return stream.read(len(self._mark)) == self._mark
 
-    def replace(self, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    def replace(self, header: Mapping[str, Any], records: Records) -> None:
         """Another file in the place of this one, all or nothing."""
-        lines = list(map(_line, records))
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             with partial.open("wb") as stream:
-                stream.writelines([_line(header), *lines])
+                stream.write(line(header))
+                lines = Lines(os.open(partial, os.O_RDONLY), stream.tell())
+                for record in records.lines:
+                    stream.write(record)
+                    lines.grew(len(record))
                 end = stream.tell()
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -71,7 +119,7 @@ class Journal:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        self.header, self.records, self._end = dict(header), Records(lines), end
+        self.header, self._lines, self._end = dict(header), lines, end
 
     def append(self, record: dict[str, Any]) -> bool:
         """One more record; it is on the disk when this returns. After an error (a full disk) it is as if it had not been tried.
@@ -79,30 +127,32 @@ class Journal:
         Returns:
             False if another writer owns the file, which is then left alone.
         """
-        line = _line(record)
+        written = line(record)
         with self.path.open("r+b") as stream:  # not "a": it would make a new file where the journal was deleted
             if stream.read(len(self._mark)) != self._mark:
                 return False
             stream.seek(self._end)  # a writer that begins from here on has a file of its own; this one is gone then
-            stream.write(line)
+            stream.write(written)
             stream.truncate()  # of a line that is torn
             stream.flush()
             os.fsync(stream.fileno())
-        self._end += len(line)
-        self.records.lines.append(line)
+        self._end += len(written)
+        cast(Lines, self._lines).grew(len(written))
         return True
 
     @property
     def _mark(self) -> bytes:
         """How the file begins while this writer owns it: the nonce is nobody else's."""
-        return _line({"attempt": self.header["attempt"], "nonce": self.header["nonce"]})[:-2]
+        return line({"attempt": self.header["attempt"], "nonce": self.header["nonce"]})[:-2]
 
-    def _recover(self, content: bytes) -> None:
+    def _recover(self) -> None:
+        content = self.path.read_bytes()
         *lines, _torn = content.split(b"\n")
+        known = Lines(os.open(self.path, os.O_RDONLY), len(lines[0]) + 1 if lines else 0)
         header, versions = {}, []
-        for i, line in enumerate(lines):
+        for i, found in enumerate(lines):
             try:
-                record = json.loads(line)
+                record = json.loads(found)
             except ValueError as error:
                 raise self._unreadable(f"line {i + 1} is no JSON ({error})") from None
             if not isinstance(record, dict):
@@ -111,13 +161,13 @@ class Journal:
                 header = record
             else:
                 versions.append(record.get("version"))
-                self.records.lines.append(line + b"\n")
-            self._end += len(line) + 1
+                known.grew(len(found) + 1)
+            self._end += len(found) + 1
         if not {"attempt", "nonce"} <= header.keys():
             raise self._unreadable("its first line has no attempt and nonce")
         if versions != list(range(len(versions))):
             raise self._unreadable(f"its versions are not 0 to {len(versions) - 1} in order")
-        self.header = header
+        self.header, self._lines = header, known
 
     def _unreadable(self, problem: str) -> ConfigError:
         return ConfigError(
@@ -126,5 +176,6 @@ class Journal:
         )
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def line(record: Mapping[str, Any]) -> bytes:
+    """A record as it stands in a journal."""
     return json.dumps(dict(record)).encode() + b"\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse.sparsity.agenda import Agenda, TopologyUpdate
-from raysparse.sparsity.journal import Journal
+from raysparse.sparsity.journal import Journal, Records, line
 from raysparse.sparsity.vote import Vote, digest, replicas, totals, unfaithful, wrong_digest, wrong_nnz
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class MaskManager:
         world_size: int,
         version: int,
         votes: Sequence[Vote],
-        history: list[dict[str, Any]],
+        history: str,
     ) -> Verdict:
         """A group of ranks starts, at a loaded or the first topology: check it, fence earlier groups, roll back to it.
 
@@ -75,13 +75,13 @@ class MaskManager:
             agenda: as JSON.
             version: of the topology that was loaded; 0 also of one that was just made.
             votes: what the ranks hold, in their order.
-            history: what the checkpoint knows; used where the journal, lost perhaps, knows less.
+            history: what the checkpoint knows, as `text` gives it; used where the journal, lost perhaps, knows less.
         """
         if nonce == self._journal.header.get("nonce"):
             return Verdict(True, self._attempt)
         _check_votes(votes, world_size)
         decides = Agenda.check(agenda)
-        known = self._journal.records if len(self._journal.records) > version else history
+        known = self._journal.records if len(self._journal.records) > version else Records.of(history)
         records = known[: version + 1]
         if version and version >= len(records):
             return self._refuse(
@@ -96,7 +96,7 @@ class MaskManager:
             )
         if last is None:
             first = TopologyUpdate(0, 0, decides.span(0).phase.name, decides.plan(0), 0.0, decides.seed)  # as if an update had made it
-            records = [_record(decides, first, first.nnz, votes, 0.0, None)]
+            records = Records([line(_record(decides, first, first.nnz, votes, 0.0, None))])
         published = {v: path for v, path in self._journal.header.get("published", {}).items() if int(v) <= version}
         header = {"attempt": self._attempt + 1, "nonce": nonce, "world_size": world_size, "agenda": agenda, "published": published}
         self._journal.replace(header, records)
@@ -153,9 +153,9 @@ class MaskManager:
         """The records of all committed versions, oldest first."""
         return list(self._journal.records)
 
-    def text(self, first: int, stop: int) -> str:
+    def text(self, first: int = 0, stop: int | None = None) -> str:
         """The records of versions `first` to `stop` - 1 as they stand in the journal, a line each."""
-        return b"".join(self._journal.records.lines[first:stop]).decode()
+        return self._journal.records[first:stop].text
 
     def view(self, last: int = 20) -> dict[str, Any]:
         """Where the topology is, as plain data.

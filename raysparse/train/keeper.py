@@ -79,12 +79,12 @@ class Keeper:
         self._lines: list[str] = []  # of the journal, as far as this attempt has asked: all of it each time would leave holes in memory
         self._told = False  # the optimizer knows the masks
 
-    def begin(self, step: int, history: list[dict[str, Any]]) -> None:
+    def begin(self, step: int, history: str) -> None:
         """Have the topology that the run starts or goes on with checked; every rank calls this after loading.
 
         Args:
             step: the next one (0-based).
-            history: what the checkpoint knows of earlier versions, should the journal be gone; only rank 0's counts.
+            history: what the checkpoint knows of earlier versions (`MaskManager.text`), should the journal be gone; only rank 0's counts.
         """
         self.count()
         agendas: list[Any] = [None] * dist.get_world_size()
@@ -96,7 +96,7 @@ class Keeper:
             )
         votes = self._gather(self._sums, self._sums, self._sums, self.topology.masks, {})
         agenda, version = self.agenda.model_dump(mode="json"), self.agenda.version(step)
-        nonce, world_size, self._lines = secrets.token_hex(8), dist.get_world_size(), []
+        nonce, world_size, self._lines = secrets.token_hex(8), dist.get_world_size(), history.splitlines(keepends=True)[: version + 1]
         self._attempt = self._agreed(lambda manager: manager.begin(nonce, agenda, world_size, version, votes, history)).attempt
 
     def evolve(self, step: int, gradients: Mapping[str, Tensor]) -> Change | None:

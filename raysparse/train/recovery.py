@@ -1,7 +1,6 @@
 """How a run begins, goes on, and goes back: always from the newest checkpoint; and what it does about a step that gave a NaN."""
 
 from pathlib import Path
-from typing import Any
 
 from raysparse.config import ConfigError
 from raysparse.sparsity.flops import Ledger
@@ -18,11 +17,11 @@ def resume(t: Training) -> State:
 
     Every rank calls this: at the start of a run, and when it goes back in the middle.
     """
-    state, history, found = State(), [], t.checkpointer.newest()
+    state, history, found = State(), "", t.checkpointer.newest()
     if found is not None:
         extra = t.checkpointer.load(found)
         state, t.ledger = State(**extra["state"]), Ledger.from_dict(extra["ledger"])
-        history = [] if t.topology is None else read_history(found)
+        history = "" if t.topology is None else read_history(found)
         t.run.show({"text": f"{t.stage}: going on from {found.name}"})
     if t.keeper is not None:
         t.keeper.begin(state.step, history)
@@ -35,15 +34,15 @@ def resume(t: Training) -> State:
     return state
 
 
-def read_history(found: Path) -> list[dict[str, Any]]:
-    """What a checkpoint knows of the topology up to it."""
+def read_history(found: Path) -> str:
+    """What a checkpoint knows of the topology up to it (`MaskManager.text`)."""
     file = found / HISTORY
     if not file.exists():
         raise ConfigError(
             f"Expected {HISTORY} in the checkpoint {found}. Got none: it is of a version of raysparse that did not keep a history. "
             f"Choose another run.name; sparsity.masks={found} starts from its masks."
         )
-    return MaskManager(file).history()
+    return MaskManager(file).text()
 
 
 def bad_step(t: Training, state: State) -> State | None:

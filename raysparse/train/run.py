@@ -85,7 +85,7 @@ class Manager(Protocol):
         world_size: int,
         version: int,
         votes: Sequence[Vote],
-        history: list[dict[str, Any]],
+        history: str,
     ) -> Verdict: ...
 
     def decide(self, step: int) -> TopologyUpdate: ...

@@ -49,7 +49,7 @@ def votes(version: int) -> list[Vote]:
 
 
 def begin(manager: Any, version: int = 0, nonce: str = "one") -> Any:
-    return manager.begin(nonce, AGENDA.model_dump(mode="json"), 2, version, votes(version), [])
+    return manager.begin(nonce, AGENDA.model_dump(mode="json"), 2, version, votes(version), "")
 
 
 def commit(manager: Any, version: int, attempt: int = 1) -> Any:

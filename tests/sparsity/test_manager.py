@@ -84,14 +84,14 @@ def begun(journal: Path, version: int = 0, nonce: str = "one", shards: int = 2, 
     """A manager whose first attempt, with the masks of `masks_of`, is ok and has committed `version` updates."""
     manager, masks = MaskManager(journal), masks_of(0)
     world = shards * replicas
-    assert manager.begin(nonce, AGENDA.model_dump(mode="json"), world, 0, votes(masks, masks, shards, replicas), []).ok
+    assert manager.begin(nonce, AGENDA.model_dump(mode="json"), world, 0, votes(masks, masks, shards, replicas), "").ok
     for v in range(1, version + 1):
         assert commit(manager, v, votes(masks_of(v - 1), masks_of(v), shards, replicas)).ok
     return manager
 
 
-def begin(manager: MaskManager, version: int, masks: Masks, nonce: str = "two", history: list | None = None):
-    return manager.begin(nonce, AGENDA.model_dump(mode="json"), 2, version, votes(masks, masks), history or [])
+def begin(manager: MaskManager, version: int, masks: Masks, nonce: str = "two", history: str = ""):
+    return manager.begin(nonce, AGENDA.model_dump(mode="json"), 2, version, votes(masks, masks), history)
 
 
 def commit(manager: MaskManager, version: int, cast: list[Vote], skipped: str | None = None, attempt: int = 1):
@@ -264,19 +264,21 @@ def test_going_on_from_a_checkpoint_rolls_back_to_it(journal):
 
 
 def test_a_deleted_journal_comes_back_from_the_checkpoint(journal):
-    history = begun(journal, 3).history()
+    before = begun(journal, 3)
+    history, text = before.history(), before.text()
     journal.unlink()
     manager = MaskManager(journal)
     refused(begin(manager, 3, masks_of(3)), "the history of the topology up to version 3", "Got 0 versions")
     assert not journal.exists()
-    assert begin(manager, 3, masks_of(3), history=history).ok
+    assert begin(manager, 3, masks_of(3), history=text).ok
     assert manager.history() == history == lines(journal)[1:]
 
 
 def test_a_journal_behind_the_checkpoint_is_replaced_by_its_history(journal, tmp_path):
     old = begun(journal, 1)
-    history = begun(tmp_path / "ahead.jsonl", 3).history()
-    assert begin(old, 3, masks_of(3), history=history).ok
+    ahead = begun(tmp_path / "ahead.jsonl", 3)
+    history = ahead.history()
+    assert begin(old, 3, masks_of(3), history=ahead.text()).ok
     assert old.history() == history == lines(journal)[1:]
 
 
