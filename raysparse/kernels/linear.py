@@ -1,9 +1,9 @@
 """Linear layers that skip their zeros, in any of the three products of training, behind one custom operator.
 
 ``y = x W^T + b`` needs the forward product, the gradient of its input and the gradient of its weight; each runs on a native stream
-of the live weights or as torch's dense product, as was chosen. The operator sees plain tensors and the number of the layer, so a new
-topology changes no graph and torch.compile compiles nothing anew; autograd, autocast, activation checkpointing and FSDP2 (it is called
-with the gathered weights) work as with any other operator.
+of the live weights (CPUs), on their blocks (GPUs) or as torch's dense product, as was chosen. The operator sees plain tensors and the
+number of the layer, so a new topology changes no graph and torch.compile compiles nothing anew; autograd, autocast, activation
+checkpointing and FSDP2 (it is called with the gathered weights) work as with any other operator.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from raysparse.kernels.bits import kill, unpack
 from raysparse.kernels.library import check
 from raysparse.kernels.stream import Stream, Use
+from raysparse.kernels.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SparseLinear(nn.Linear):
     products: Products
     _bits: Tensor | None
     _mask: Tensor | None
-    _streams: dict[Use, Stream]
+    _streams: dict[Use, Stream | Tiles]
     _loaded: set[Use]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,16 +69,17 @@ class SparseLinear(nn.Linear):
         self.release()
         _register(self)
 
-    def sparsify(self, bits: Tensor, dtype: torch.dtype, products: Products) -> None:
+    def sparsify(self, bits: Tensor, dtype: torch.dtype, products: Products, block: int | None = None) -> None:
         """Another mask, or other products.
 
         Args:
-            bits: [out, ceil(in / 8)] uint8, lowest bit first.
+            bits: [out, ceil(in / 8)] uint8, lowest bit first, where the products are computed.
             dtype: of the products.
+            block: see `skipping`.
         """
         wanted = {Use.FORWARD: products.forward, Use.BACKWARD: products.backward, Use.GRADIENT: products.gradient}
         self.products, self._bits, self._mask = products, bits, None
-        self._streams = {use: Stream(bits, self.in_features, dtype, use) for use, sparse in wanted.items() if sparse}
+        self._streams = {use: skipping(bits, self.in_features, dtype, use, block) for use, sparse in wanted.items() if sparse}
         self.release()
 
     def densify(self) -> None:
@@ -90,7 +92,7 @@ class SparseLinear(nn.Linear):
         self._loaded = set()
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.products.any and input.device.type == "cpu" and not _other_autocast():
+        if self.products.any and not _other_autocast(input.device.type):
             return torch.ops.raysparse.linear(input, self.weight, self.bias, self.number)
         return super().forward(input)
 
@@ -98,12 +100,12 @@ class SparseLinear(nn.Linear):
         """Whether a product of tensors of `dtype` runs on the stream: it does if it is of the stream's dtype."""
         return use in self._streams and dtype == self._streams[use].dtype
 
-    def stream(self, use: Use, weight: Tensor | None = None) -> Stream:
+    def stream(self, use: Use, weight: Tensor | None = None) -> Stream | Tiles:
         """Ready to multiply by `weight`."""
         stream = self._streams[use]
         if weight is not None and use not in self._loaded:
             stream.load(weight.contiguous())
-            if self.held:
+            if self.held and isinstance(stream, Stream):
                 self._loaded.add(use)
         return stream
 
@@ -115,9 +117,19 @@ class SparseLinear(nn.Linear):
         return kill(gradient, self._mask)
 
 
-def _other_autocast() -> bool:
-    """Whether products are to be of a type that streams do not have."""
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16
+def skipping(bits: Tensor, cols: int, dtype: torch.dtype, use: Use, block: int | None = None) -> Stream | Tiles:
+    """What computes one product of a weight without its zeros.
+
+    Args:
+        bits: [out, ceil(cols / 8)] uint8, lowest bit first.
+        block: rows and columns of the blocks that the mask is made of, for the kernels that need some; None: single weights, on a CPU.
+    """
+    return Stream(bits, cols, dtype, use) if block is None else Tiles(bits, cols, dtype, use, block)
+
+
+def _other_autocast(device: str) -> bool:
+    """Whether products are to be of a type that they cannot be computed in without zeros."""
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16
 
 
 _NUMBERS = itertools.count()
@@ -142,7 +154,7 @@ def _register(layer: SparseLinear) -> None:
     _LAYERS[number] = layer
 
 
-@torch.library.custom_op("raysparse::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("raysparse::linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
     """x: [..., in], weight: [out, in], bias: [out], number: the layer's -> [..., out]."""
     layer = _layer(weight, number)
@@ -157,7 +169,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("raysparse::linear_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("raysparse::linear_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, number: Tensor, of_input: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the input [..., in] and of the weight [out, in]; empty tensors where not asked for."""
     layer = _layer(weight, number)
@@ -197,7 +209,8 @@ def _differentiate(ctx, dy: Tensor):
 
 
 _linear.register_autograd(_differentiate, setup_context=_save)
-torch.library.register_autocast("raysparse::linear", "cpu", torch.bfloat16)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("raysparse::linear", _device, torch.bfloat16)
 
 
 def _layer(weight: Tensor, number: Tensor) -> SparseLinear:

@@ -6,9 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysparse.kernels.bits import kill, unpack
+from raysparse.kernels.bits import kill, pack, unpack
 from raysparse.kernels.library import check
 from raysparse.kernels.stream import Use
+
+SIZES = (16, 32, 64, 128)
+"""Rows and columns of a block."""
+FAST = 64
+"""Smaller blocks run, and gain little: a tensor core of Hopper takes 64 rows at least."""
 
 
 class Tiles:
@@ -24,6 +29,9 @@ class Tiles:
         nnz: live blocks.
     """
 
+    _interpreted = False
+    """Whether Triton interprets its kernels on CPU tensors, for tests."""
+
     def __init__(self, bits: Tensor, cols: int, dtype: torch.dtype, use: Use, size: int):
         """
         Args:
@@ -34,7 +42,8 @@ class Tiles:
         rows = bits.shape[0]
         check(rows % size == 0 and cols % size == 0, f"{rows} x {cols} in blocks of {size}")
         self.shape, self.dtype, self.use, self.size = (rows, cols), dtype, use, size
-        self._bits, self._weight, self._interpreted = bits, None, False
+        self._bits = bits
+        self._weight: Tensor | None = None
         live = unpack(bits, cols).view(rows // size, size, cols // size, size).any(3).any(1)
         self.nnz = int(live.sum())
         if use is Use.BACKWARD:
@@ -43,6 +52,11 @@ class Tiles:
         ends = torch.bincount(strips, minlength=len(live)).cumsum(0)
         self._first = torch.cat([ends.new_zeros(1), ends]).int()
         self._strips, self._others = strips.int(), others.int()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tables."""
+        return self._first.nbytes + self._strips.nbytes + self._others.nbytes
 
     def load(self, weight: Tensor) -> None:
         """The weight [out, in] of the next product. It is not copied: under FSDP2 it is gone after that."""
@@ -59,8 +73,9 @@ class Tiles:
         Returns:
             [tokens, out]; BACKWARD: [tokens, in].
         """
-        check(self._weight is not None, "no weight was loaded")
         weight, self._weight = self._weight, None
+        if weight is None:
+            raise RuntimeError("Expected a weight, loaded for this product. Got none. Call load first.")
         check(x.dtype == self.dtype and x.is_contiguous(), x.dtype, x.stride())
         check(x.shape[1] == self.shape[self.use is Use.FORWARD], tuple(x.shape), "for", self.shape)
         if self.use is Use.FORWARD:
@@ -88,6 +103,48 @@ class Tiles:
 
     def _in_triton(self, x: Tensor) -> bool:
         return x.is_cuda or self._interpreted
+
+
+def block_of(mask: Tensor) -> int | None:
+    """The largest of `SIZES` in whose blocks a mask [rows, cols] lives or dies as a whole; None of one that has no such blocks."""
+    rows, cols = mask.shape
+    for size in sorted(SIZES, reverse=True):
+        if rows % size == 0 and cols % size == 0:
+            units = mask.view(rows // size, size, cols // size, size)
+            if bool((units.all(3).all(1) == units.any(3).any(1)).all()):
+                return size
+    return None
+
+
+def why_not(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Runs the three products on a small weight in blocks of `size`, against float64; returns what is wrong, if anything is."""
+    generator = torch.Generator().manual_seed(0)
+    live = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool)
+    mask = live.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    weight, x, dy, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((2 * size, 3 * size), (70, 3 * size), (70, 2 * size), (2 * size,))
+    )
+    weight = weight * mask
+    w, a, g = weight.double(), x.double(), dy.double()
+    expected = {Use.FORWARD: a @ w.t() + bias.double(), Use.BACKWARD: g @ w, Use.GRADIENT: (g.t() @ a) * mask}
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    bound = 1e-4 if exact else 2e-2  # of the largest entry
+    bits = pack(mask).to(device)
+    weight, x, dy, bias = (tensor.to(device) for tensor in (weight, x, dy, bias))
+    try:
+        for use, right in expected.items():
+            tiles = Tiles(bits, 3 * size, dtype, use, size)
+            if use is Use.GRADIENT:
+                found = tiles.gradient(x, dy)
+            else:
+                tiles.load(weight)
+                found = tiles.multiply(x, bias) if use is Use.FORWARD else tiles.multiply(dy)
+            error = float((found.double().cpu() - right).abs().max() / right.abs().max())
+            if not error < bound:
+                return f"{use.name.lower()} is off by {error:.1e} of the largest entry in blocks of {size}"
+    except Exception as error:  # whatever a compiler or a driver raises: the dense products are there
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
 
 
 def _gpu() -> Any:

@@ -14,10 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIZES = (16, 32, 64, 128)
-"""Rows and columns of a block. A tensor core of Hopper takes 64 rows at least: smaller blocks run, and gain little."""
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 def _configs(*choices: tuple[int, int, int]) -> list[triton.Config]:
     """(rows or tokens of a tile, warps, stages) each. A load of an index within a loop costs the pipeline a stage, hence many."""
@@ -26,12 +22,14 @@ def _configs(*choices: tuple[int, int, int]) -> list[triton.Config]:
 
 ALONG = {
     torch.bfloat16: _configs((64, 4, 4), (128, 4, 5), (128, 8, 4), (128, 8, 7), (256, 8, 5)),
-    torch.float32: _configs((32, 4, 3), (64, 8, 3), (128, 8, 3)),
+    torch.float32: _configs((32, 8, 3), (64, 8, 3), (128, 8, 3)),
 }
 """Of y and dx; BM: tokens of a tile."""
+STEP = {torch.bfloat16: 64, torch.float32: 32}
+"""Columns of a block that a step of theirs takes."""
 ACROSS = {
     torch.bfloat16: _configs((32, 4, 4), (64, 4, 4), (64, 8, 4), (128, 8, 3)),
-    torch.float32: _configs((32, 8, 3), (64, 8, 3)),
+    torch.float32: _configs((32, 8, 2), (64, 8, 3)),
 }
 """Of dW; BM: tokens of a step. Tiles that were tried and spill registers are not here (`tests/kernels/triton_cases.py`)."""
 
@@ -40,7 +38,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, cols:
     """``x W^T + bias``.
 
     Args:
-        x: [tokens, in], contiguous, of one of `DTYPES`.
+        x: [tokens, in], contiguous, float32 or bfloat16.
         weight: [out, in], contiguous, of the same.
         bias: [out].
         first: [out / size + 1] int32: row of blocks r has the live ones ``cols[first[r] : first[r + 1]]``.
@@ -101,7 +99,7 @@ def _launch(arguments: tuple[Any, ...], result: Tensor, size: int, biased: bool)
     def grid(meta: Any) -> tuple[int]:
         return (triton.cdiv(tokens, meta["BM"]) * (width // size),)
 
-    _run(_along, grid, arguments, B=size, STEP=min(64, size), GROUP=8, BIAS=biased, **_how(result))
+    _run(_along, grid, arguments, B=size, STEP=min(STEP[result.dtype], size), GROUP=8, BIAS=biased, **_how(result))
 
 
 def _near(tokens: int, live: int) -> tuple[int, int]:
@@ -157,8 +155,8 @@ def _along(
     start = tl.load(first + strip)
     stop = tl.load(first + strip + 1)
     parts: tl.constexpr = B // STEP
-    for part in range(0, (stop - start) * parts):
-        other = tl.load(others + start + part // parts) * B + (part % parts) * STEP + step
+    for part in range((stop - start) * parts):
+        other = tl.load(others + start + part // parts) * B + (part % parts) * STEP + step  # pyrefly: ignore[unsupported-operation]
         a = tl.load(x + row[:, None] * width + other[None, :], mask=inside, other=0.0)
         b = tl.load(weight + col[None, :].to(tl.int64) * by_strip + other[:, None].to(tl.int64) * by_other)
         total = _product(a, b, total, PRECISION, SOFT)
@@ -185,7 +183,10 @@ def _across(
     tl.store(dw + row[:, None].to(tl.int64) * into + col[None, :], _rounded(total, dw, SOFT))
 
 
-KEY = {_along: ["width", "result_width", "by_other", "near_tokens", "near_live", "B"], _across: ["out", "into", "near_tokens", "near_live", "B"]}
+KEY = {
+    _along: ["width", "result_width", "by_other", "near_tokens", "near_live", "B"],
+    _across: ["out", "into", "near_tokens", "near_live", "B"],
+}
 """What the fastest tile depends on, beside the types. It is measured once for each and kept in Triton's cache on disk."""
 
 

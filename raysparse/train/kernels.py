@@ -1,5 +1,6 @@
 """Which kernels a run's sparse layers use, kept in step with its topology."""
 
+import importlib.util
 import json
 import math
 import os
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raysparse.config import ConfigError
-from raysparse.kernels import choice, library
-from raysparse.kernels.bits import pack
+from raysparse.kernels import choice, library, tiles
+from raysparse.kernels.bits import pack, unpack
 from raysparse.kernels.choice import Gains
 from raysparse.kernels.linear import DENSE, SPARSE, Products, SparseLinear, adopt
 from raysparse.sparsity.topology import Topology
+from raysparse.train.process import gathered
 from raysparse.train.run import Run, RunConfig, resolve_device, resolve_dtype
 from raysparse.train.shard import Sharded
 
@@ -37,7 +39,9 @@ def check_kernels(mode: KernelMode, run: RunConfig) -> None:
     if mode != "sparse":
         return
     if resolve_device(run) != "cpu":
-        raise ConfigError("Expected run.device=cpu with kernels=sparse. Got a GPU, for which there are none. Use kernels=auto.")
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("Expected the package triton for kernels=sparse on a GPU. Got none. Install it, or use kernels=auto.")
+        return
     if (reason := library.why_not()) is not None:
         raise ConfigError(
             f"Expected the native kernels for kernels=sparse. Got none: {reason}. "
@@ -61,13 +65,19 @@ def why_not() -> str | None:
 class Kernels:
     """The sparse layers of a model in training on one rank.
 
-    Without a native library, on a GPU, with ``kernels=dense`` and, where the choice is free, with ``run.parity`` (which promises
-    equal bits on other machines) the layers stay as they are.
+    On CPUs they skip single weights, on GPUs blocks, where a layer's mask is made of blocks. Without a native library or Triton, with
+    ``kernels=dense`` and, where the choice is free, with ``run.parity`` (which promises equal bits on other machines) the layers stay as
+    they are.
     """
 
-    def __init__(self, layers: Mapping[str, list[SparseLinear]], mode: KernelMode, dtype: torch.dtype, tokens: int, run: Run, file: Path):
-        self._layers, self._mode, self._dtype, self._tokens = layers, mode, dtype, tokens
+    def __init__(
+        self, layers: Mapping[str, list[SparseLinear]], mode: KernelMode, device: str, dtype: torch.dtype, tokens: int, run: Run, file: Path
+    ):
+        self._layers, self._mode, self._device, self._dtype, self._tokens = layers, mode, torch.device(device), dtype, tokens
         self._run, self._file = run, file
+        self._in_blocks = device != "cpu"
+        self._blocks: dict[str, int | None] = {}
+        self._wrong: dict[int, str | None] = {}
         self._gains: dict[str, Gains] = {}
         if file.exists():
             self._gains = {name: Gains(**gains) for name, gains in json.loads(file.read_text()).items()}
@@ -95,9 +105,12 @@ class Kernels:
             tokens: of a micro-batch on this rank.
             file: where measurements are kept.
         """
-        if mode == "dense" or (mode == "auto" and config.parity) or (device := resolve_device(config)) != "cpu":
+        if mode == "dense" or (mode == "auto" and config.parity):
             return None
-        if (reason := why_not()) is not None:
+        device = resolve_device(config)
+        if device != "cpu" and importlib.util.find_spec("triton") is None:
+            return None
+        if device == "cpu" and (reason := why_not()) is not None:
             if mode == "sparse":
                 raise ConfigError(f"Expected the native kernels on all ranks for kernels=sparse. Got: {reason}. Use kernels=auto.")
             run.show({"text": f"kernels: dense, zeros are multiplied. {reason}"})
@@ -107,7 +120,7 @@ class Kernels:
         for module in list(model.modules()):
             if type(module) is nn.Linear and (name := of.get(id(module.weight))) is not None:
                 layers.setdefault(name, []).append(adopt(module))
-        return cls(layers, mode, resolve_dtype(config, device), tokens, run, file) if layers else None
+        return cls(layers, mode, device, resolve_dtype(config, device), tokens, run, file) if layers else None
 
     def refresh(self, topology: Topology, live: Mapping[str, int], sharded: Sharded) -> None:
         """After the masks have changed: new streams, and where the sparsity is another, a new choice. Every rank calls this.
@@ -115,11 +128,16 @@ class Kernels:
         Args:
             live: live weights of each layer over all ranks.
         """
-        bits = {name: sharded.whole(name, pack(topology.masks[name])) for name in self._layers}
+        bits = {name: sharded.whole(name, pack(topology.masks[name])).to(self._device) for name in self._layers}
         shapes = {name: topology.shapes[name] for name in self._layers}
         sparse = {name for name in self._layers if live[name] < math.prod(shapes[name])}
+        self._blocks = dict.fromkeys(sparse)
+        if self._in_blocks:
+            self._find_blocks(bits, shapes)
+            sparse = {name for name in sparse if self._blocks[name] is not None}
         if self._mode == "auto":
-            self._cases = {name: choice.case(bits[name], shapes[name][1], live[name], self._dtype, self._tokens) for name in sparse}
+            size = self._tokens
+            self._cases = {n: choice.case(bits[n], shapes[n][1], live[n], self._dtype, size, self._blocks[n]) for n in sparse}
             self._measure(bits, shapes)
         for name, layers in self._layers.items():
             products = DENSE
@@ -127,8 +145,23 @@ class Kernels:
                 products = SPARSE if self._mode == "sparse" else self._gains[self._cases[name]].products
             self._products[name] = products
             for layer in layers:
-                layer.sparsify(bits[name], self._dtype, products) if products.any else layer.densify()
+                layer.sparsify(bits[name], self._dtype, products, self._blocks.get(name)) if products.any else layer.densify()
         self._show()
+
+    def _find_blocks(self, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Of every sparse layer; none of a size whose kernels give wrong results on any rank's GPU, or do not run there."""
+        for name in self._blocks:
+            self._blocks[name] = tiles.block_of(unpack(bits[name], shapes[name][1]))
+        for size in sorted({size for size in self._blocks.values() if size is not None} - self._wrong.keys()):
+            found = gathered(tiles.why_not(self._device, self._dtype, size))
+            self._wrong[size] = next((f"rank {rank}: {reason}" for rank, reason in enumerate(found) if reason is not None), None)
+            if (reason := self._wrong[size]) is not None:
+                self._run.show({"text": f"kernels: dense, zeros are multiplied. The start-up test of blocks failed. {reason}"})
+            elif size < tiles.FAST:
+                self._run.show(
+                    {"text": f"kernels: no speed is to be expected of blocks of {size} on a GPU, of {tiles.FAST} and 128 there is."}
+                )
+        self._blocks = {name: None if size is None or self._wrong[size] is not None else size for name, size in self._blocks.items()}
 
     def begin(self, dense_gradient: bool) -> None:
         """Before the forward passes of a step: the weights may have changed since the last.
@@ -154,7 +187,7 @@ class Kernels:
 
     def facts(self) -> dict[str, Any]:
         """For the summary: the build, and of each product how many layers skip zeros and the median gain of all that were measured."""
-        return {"native": library.variant(), "mode": self._mode, "layers": len(self._layers)} | {
+        return {"native": self._name(), "mode": self._mode, "layers": len(self._layers)} | {
             which: {"sparse": sparse, "gain": gain} for which, (sparse, gain) in self._totals().items()
         }
 
@@ -163,13 +196,18 @@ class Kernels:
         new: dict[str, str] = {case: name for name, case in self._cases.items() if case not in self._gains}
         if self._run.rank == 0 and new:
             for case, name in new.items():
-                self._gains[case] = choice.measure(bits[name], shapes[name][1], self._dtype, self._tokens)
+                self._gains[case] = choice.measure(bits[name], shapes[name][1], self._dtype, self._tokens, self._blocks[name])
             partial = self._file.with_suffix(".partial")  # a run that dies here leaves no half a file
             partial.write_text(json.dumps({case: asdict(gains) for case, gains in self._gains.items()}, indent=1) + "\n")
             partial.replace(self._file)
         box = [self._gains]
         dist.broadcast_object_list(box, src=0)
         self._gains = box[0]
+
+    def _name(self) -> str:
+        if not self._in_blocks:
+            return library.variant()
+        return "blocks of " + (" and ".join(str(size) for size in sorted({s for s in self._blocks.values() if s})) or "no size")
 
     def _totals(self) -> dict[str, tuple[int, float | None]]:
         """Of each product: layers that skip zeros, and the median gain of all that were measured."""
@@ -187,7 +225,7 @@ class Kernels:
             f"{words[which]} {sparse} of {len(self._layers)}" + (f" ({gain:.1f}x)" if gain else "")
             for which, (sparse, gain) in self._totals().items()
         ]
-        text = f"kernels: layers that skip zeros: {', '.join(parts)}; {library.variant()}"
+        text = f"kernels: layers that skip zeros: {', '.join(parts)}; {self._name()}"
         if text != self._shown:
             self._run.show({"text": text})
             self._shown = text

@@ -56,7 +56,7 @@ def test_each_product_is_measured_as_it_runs(native, monkeypatch):
     monkeypatch.setattr(choice, "_gain", lambda dense, sparse: pairs.append((dense(), sparse())) or float(len(pairs)))
     live = torch.ones(24, 16, dtype=torch.bool)
     assert measure(bits_of(live), 16, torch.float32, 10**6) == Gains(1.0, 2.0, 3.0)
-    assert [dense.shape for dense, _ in pairs] == [(choice.LONGEST, 24), (choice.LONGEST, 16), (24, 16)]
+    assert [dense.shape for dense, _ in pairs] == [(choice.LONGEST["cpu"], 24), (choice.LONGEST["cpu"], 16), (24, 16)]
     for dense, sparse in pairs:
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
 
