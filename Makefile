@@ -6,7 +6,7 @@ DATA ?= data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart mst-demo squarehead-demo squarehead-study tune-demo test test-slow chaos soak gpu-cluster fuzz check format bench clean
+.PHONY: help setup quickstart mst-demo squarehead-demo squarehead-study tune-demo test test-slow chaos soak gpu-cluster gpu bench-gpu fuzz check format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ chaos: $(VENV)/installed-dev ## the faults of docs/faults.md, each against an un
 
 gpu-cluster: $(VENV)/installed-dev ## whether all GPUs of this machine train what one does; ends in a table (two or more GPUs)
 	$(BIN)/python -m tests.gpu_cluster
+
+gpu: $(VENV)/installed-dev ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(VENV)/installed-dev ## what zeros save on this GPU: one call, within 10 minutes on an H200
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
 
 soak: $(VENV)/installed-dev ## an hour of a run that loses a worker every five minutes: is what it holds flat?
 	$(BIN)/python -m benchmarks.soak --out benchmarks/results

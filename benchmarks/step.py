@@ -37,7 +37,7 @@ from raysparse.train.metrics import Console
 from raysparse.train.objective import CrossEntropy
 from raysparse.train.optimizer import OptimizerConfig, build_optimizer
 from raysparse.train.process import process_group
-from raysparse.train.run import LocalRun, RunConfig
+from raysparse.train.run import LocalRun
 from raysparse.train.shard import FSDP2, ShardingConfig
 from raysparse.train.state import Training
 
@@ -68,12 +68,12 @@ class Size:
 class Feed:
     """Random tokens, made once: no contestant pays for data."""
 
-    def __init__(self, size: Size):
-        ids = torch.randint(size.vocabulary, (1, size.tokens + 1), generator=torch.Generator().manual_seed(0))
+    def __init__(self, size: Size, sequences: int = 1, device: str | torch.device = "cpu"):
+        ids = torch.randint(size.vocabulary, (sequences, size.tokens + 1), generator=torch.Generator().manual_seed(0)).to(device)
         self._batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        return self._batch
+        return Batch(self._batch.input_ids[: len(rows)], self._batch.labels[: len(rows)])
 
 
 def assemble(
@@ -83,28 +83,33 @@ def assemble(
     sharding: ShardingConfig | None = None,
     optimizer: OptimizerConfig = OPTIMIZER,
     micro_batches: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    pruned: SparsityConfig | None = None,
     **more: Any,
 ) -> Training:
     """raysparse as a recipe assembles it, `micro_batches` sequences of `size.tokens` a step and rank.
 
     Args:
+        settings: sections of the config in the place of those here.
+        pruned: masks in the place of unstructured ones of `sparsity`.
         more: `training.Ingredients` in the place of those of a pre-training.
     """
     ranks = dist.get_world_size()
-    config = training.TrainingRunConfig(
-        model=size.model,
-        optimizer=optimizer,
-        run=RunConfig(workers=ranks),
-        sharding=sharding or ShardingConfig(),
-        training=training.TrainingConfig(sequences=ranks * micro_batches, micro=1),
-        checkpoint=training.CheckpointConfig(asynchronous=False),
-        logging=training.LoggingConfig(tensorboard=False),
-        kernels="dense",  # what masks cost where no zero is skipped; benchmarks.cpu_step has the kernels
-    )
+    sections: dict[str, Any] = {
+        "model": size.model.model_dump(),
+        "optimizer": optimizer.model_dump(),
+        "run": {"workers": ranks},
+        "sharding": (sharding or ShardingConfig()).model_dump(),
+        "training": {"sequences": ranks * micro_batches, "micro": 1},
+        "checkpoint": {"asynchronous": False},
+        "logging": {"tensorboard": False},
+        "kernels": "dense",  # what masks cost where no zero is skipped; benchmarks.cpu_step has the kernels
+    }
+    config = training.TrainingRunConfig.check(sections | dict(settings or {}))
     model = build(size.model, 0, size.vocabulary, size.tokens)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in select(model)}
-    sparse = SparsityConfig(target=sparsity)
-    agenda = Agenda(sparsity=sparse, shapes=shapes, steps=1000, tokens_per_step=ranks * size.tokens, seed=0)
+    sparse, sequences = pruned or SparsityConfig(target=sparsity), config.training.sequences
+    agenda = Agenda(sparsity=sparse, shapes=shapes, steps=1000, tokens_per_step=sequences * size.tokens, seed=0)
 
     def topology(sharded: Any) -> Topology:
         return first_topology(agenda, {name: sharded.parts[name].rows for name in shapes}, sharded.local, sharded.ranks)
@@ -114,10 +119,10 @@ def assemble(
     parts: dict[str, Any] = {
         "model": model,
         "sparse": shapes,
-        "target": sparsity,
+        "target": sparse.target,
         "agenda": agenda,
         "topology": topology if sparse.wants_masks else None,
-        "feed": Feed(size),
+        "feed": Feed(size, sequences),
         "validation": Feed(size),
         "num_validation": 1,
         "tokens_per_sequence": size.tokens,
@@ -164,16 +169,16 @@ def without_sparsity(t: Training) -> Callable[[int], None]:
     return step
 
 
-def bare(model: torch.nn.Module, size: Size) -> Callable[[int], None]:
+def bare(model: torch.nn.Module, size: Size, sequences: int = 1, device: str | torch.device = "cpu") -> Callable[[int], None]:
     """What a PyTorch user would write: the same optimizer settings, torch's own clipping, no framework."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    feed = Feed(size)
+    feed = Feed(size, sequences, device)
 
     def step(index: int) -> None:
-        batch = feed.batch(index, [0])
+        batch = feed.batch(index, range(sequences))
         logits = model(input_ids=batch.input_ids).logits
         F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

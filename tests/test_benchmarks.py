@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import answers, cpu_kernels, decode, distillation, int8, manager, masks, passes, startup, step, topology, updates
+from benchmarks import answers, cpu_kernels, decode, distillation, gpu, int8, manager, masks, passes, startup, step, topology, updates
 from benchmarks.measure import Ratio, interleave
 from raysparse.config import load
 from raysparse.data.tokenizer import TrainTokenizer, train
@@ -297,3 +297,22 @@ def test_int8_times_every_contestant(tmp_path, capsys):
     assert {"torch, float32", "torchao, int8", "torchao, int8_weight_only"} <= facts["40 tokens"].keys()
     assert {len(times) for times in facts["training"].values()} == {3}
     assert "quantization=int8_weight_only" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_runs_in_toy_sizes(tmp_path, capsys):
+    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 0
+    (result,) = tmp_path.glob("gpu_*.json")
+    sections = {facts["section"]: facts for facts in json.loads(result.read_text())["sections"]}
+    assert not any("failed" in facts for facts in sections.values())
+    assert {"toy", "step 256", "attention", "optimizer", "selection", "at size"} <= sections.keys()
+    assert {"dense", "unstructured, 75 %", "block 64, 75 %", "block 128, 75 %"} <= sections["step 256"]["seconds"].keys()
+    assert sections["at size"]["peak_memory_bytes"].keys() == {"measured", "plan"}
+    assert "| block 128, 90 % |" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path):
+    monkeypatch.setitem(gpu.SECTIONS, "ceilings", lambda b: 1 / 0)
+    assert gpu.main(["--quick", "--only", "ceilings", "selection", "--out", str(tmp_path)]) == 1
+    (result,) = tmp_path.glob("gpu_*.md")
+    assert "Failed: ZeroDivisionError" in result.read_text()
+    assert "| radix |" in result.read_text()
