@@ -296,7 +296,7 @@ def selection(b: Bench) -> Iterator[dict[str, Any]]:
 
 def at_size(b: Bench) -> Iterator[dict[str, Any]]:
     """Ten steps of the GPT-3 XL config on this one device, and what `raysparse plan` says of them."""
-    small = {"model.preset": "debug", "data.context": 64, "training.micro": 2} if b.scale is TOY else {}
+    small = {"model.preset": "debug", "model.overrides.vocab_size": 256, "data.context": 64, "training.micro": 2} if b.scale is TOY else {}
     changes = {"run.workers": 1, "training.sequences": 8, "run.device": b.device.type} | small
     config = load(PretrainConfig, [CONFIG], [f"{key}={value}" for key, value in changes.items()])
     predicted = plan(config)

@@ -62,8 +62,9 @@ class TrainingRunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     kernels: KernelMode = "auto"
-    """How sparse layers are computed on CPUs. auto: each product of each layer as measured to be fastest on this machine, so two runs
-    may round differently; dense with run.parity. dense, sparse: everywhere, and equal runs have equal bits."""
+    """How sparse layers are computed: on CPUs without their zeros, on GPUs without their dead blocks. auto: each product of each layer as
+    measured to be fastest on this machine, so two runs may round differently; dense with run.parity. dense, sparse: everywhere, and equal
+    runs have equal bits."""
 
 
 def check_sizes(config: TrainingRunConfig) -> None:
