@@ -65,7 +65,7 @@ def test_each_product_is_measured_as_it_runs(native, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_pay_where_nearly_all_are(native, dtype, monkeypatch):
-    """What no machine can get wrong, by CPU time, be it ever so busy: of a wide layer 1 % is faster than all, and 100 % as a stream is not."""
+    """What no machine can get wrong, by CPU time: of a wide layer 1 % is faster than all, and 100 % as a stream is not."""
     monkeypatch.setattr(choice.time, "perf_counter", time.process_time)
     few = measure(bits_of(mask(512, 512, 0.01)), 512, dtype, 128)
     all_live = measure(bits_of(mask(512, 512, 1.1)), 512, torch.float32, 128)
