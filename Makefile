@@ -23,7 +23,8 @@ squarehead-demo: $(VENV)/installed ## prune a GPT to 75 %, fine-tune it from dat
 	$(BIN)/raysparse recover configs/recover/docstrings.yaml
 
 squarehead-study: $(VENV)/installed-dev ## that of a GPT, a T5 and a Whisper at 50, 75 and 90 %, 3 seeds each; goes on where it was; DATA=FOLDER
-	$(BIN)/raysparse recover configs/recover/docstrings.yaml levels=[0.5,0.75,0.9] seeds=[0,1,2] run.name=docstrings-study
+	$(BIN)/raysparse recover configs/recover/docstrings.yaml levels=[0.5,0.75,0.9] seeds=[0,1,2] run.name=docstrings-study \
+		pretrain.set.training.length="1500 steps" teacher.set.training.length="1000 steps"  # a teacher that is done learning
 	$(BIN)/raysparse recover configs/recover/tiny_translation.yaml $(foreach split,train validation,\
 		teacher.set.task.data.$(split)=$(DATA)/multi30k_en_de/$(split).jsonl.gz) \
 		teacher.set.task.data.test=$(DATA)/multi30k_en_de/test_2016_flickr.jsonl.gz
