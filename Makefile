@@ -48,7 +48,7 @@ gpu-cluster: $(VENV)/installed-dev ## whether all GPUs of this machine train wha
 gpu: $(VENV)/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench-gpu: $(VENV)/installed-dev ## what zeros save on this GPU: one call, within 10 minutes on an H200
+bench-gpu: $(VENV)/installed-dev ## what zeros save on this GPU: one call, meant to fit 10 minutes on an H200
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
 
 soak: $(VENV)/installed-dev ## an hour of a run that loses a worker every five minutes: is what it holds flat?

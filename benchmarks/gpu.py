@@ -1,6 +1,6 @@
 """What zeros save on a GPU, and what they do not: layers, whole steps, attention, the optimizer, a real config's first steps.
 
-    python -m benchmarks.gpu --out benchmarks/results        one H200, no Ray, no network: within 10 minutes
+    python -m benchmarks.gpu --out benchmarks/results        one H200, no Ray, no network; meant to fit 10 minutes
     python -m benchmarks.gpu --quick                          toy sizes, also without a GPU; the numbers mean nothing
 
 Contestants of a table take turns in one process; milliseconds are wall times between synchronisations. A section that fails, or runs out
@@ -28,7 +28,7 @@ from raysparse.config import load
 from raysparse.kernels.bits import pack
 from raysparse.kernels.linear import SPARSE, adopt
 from raysparse.models.attention import HybridAttention
-from raysparse.models.build import ModelConfig, build
+from raysparse.models.build import ModelConfig, architecture, build, skeleton
 from raysparse.recipes.plan import plan
 from raysparse.recipes.pretrain import PretrainConfig
 from raysparse.sparsity.attention import AnyAttention, Full, Local
@@ -189,35 +189,44 @@ def layers(b: Bench) -> Iterator[dict[str, Any]]:
 
 def whole_steps(b: Bench) -> Iterator[dict[str, Any]]:
     """A training step as the product takes it, compiled, against a bare compiled transformers GPT-2 with torch's fused AdamW."""
+    patterns = {"unstructured": {"type": "unstructured"}} | {f"block {n}": {"type": "block", "size": n} for n in (64, 128)}
+    masks: dict[str, SparsityConfig | None] = {"dense": None}
+    masks |= {f"{name}, 75 %": SparsityConfig.check({"target": 0.75, "pattern": given}) for name, given in patterns.items()}
     for size in b.scale.steps:
-        step = {"sequences": 4, "micro": 4, "compile": b.device.type == "cuda"}
-        settings = {"run": {"device": b.device.type}, "kernels": "auto", "training": step}
-        patterns = {"unstructured": {"type": "unstructured"}} | {f"block {n}": {"type": "block", "size": n} for n in (64, 128)}
-        masks: dict[str, SparsityConfig | None] = {"dense": None}
-        masks |= {f"{name}, 75 %": SparsityConfig.check({"target": 0.75, "pattern": given}) for name, given in patterns.items()}
         contestants: dict[str, Callable[[int], None]] = {}
         memory: dict[str, int] = {}
-        model: Any = build(size.model, 0, size.vocabulary, size.tokens)
-        model = model.to(b.device)
-        if b.device.type == "cuda":
-            model.compile()
-        contestants["bare, compiled"] = in_autocast(bare(model, size, sequences=4, device=b.device), b)
-        for number, (name, sparse) in enumerate(masks.items()):
-            contestants[name] = product(assemble(b.folder / f"{size.width}-{number}", size, 0.0, settings=settings, pruned=sparse))
-        for name, one in contestants.items():
-            one(0)  # compiled
+        for name in ("bare, compiled", *masks):
+            gc.collect()
             forget_peak_memory()
-            one(1)
-            memory[name] = peak_memory_bytes()
+            before = peak_memory_bytes()
+            contestants[name] = ours(b, size, name, masks[name]) if name in masks else theirs(b, size)
+            contestants[name](0)  # compiled
+            contestants[name](1)
+            memory[name] = peak_memory_bytes() - before
         times = b.turns(contestants)
-        tokens = 4 * size.tokens
-        flops = 6 * sum(p.numel() for p in model.parameters()) * tokens  # without attention's
+        tokens, parameters = 4 * size.tokens, sum(p.numel() for p in skeleton(size.model, size.vocabulary, size.tokens).parameters())
         facts = {
             "tokens_per_s": tokens / median(times["dense"]),
-            "tflops": flops / median(times["dense"]) / 1e12,
+            "tflops": 6 * parameters * tokens / median(times["dense"]) / 1e12,  # without attention's
             "peak_memory_bytes": memory,
         }
         yield timed(f"step {size.width}", times, "dense", **facts)
+
+
+def ours(b: Bench, size: Size, name: str, sparse: SparsityConfig | None) -> Callable[[int], None]:
+    """A step of the product, of 4 sequences."""
+    step = {"sequences": 4, "micro": 4, "compile": b.device.type == "cuda"}
+    settings = {"run": {"device": b.device.type}, "kernels": "auto", "training": step}
+    return product(assemble(b.folder / f"{size.width}-{name}", size, 0.0, settings=settings, pruned=sparse))
+
+
+def theirs(b: Bench, size: Size) -> Callable[[int], None]:
+    """A step of a bare loop, of 4 sequences."""
+    model: Any = build(size.model, 0, size.vocabulary, size.tokens)
+    model = model.to(b.device)
+    if b.device.type == "cuda":
+        model.compile()
+    return in_autocast(bare(model, size, sequences=4, device=b.device), b)
 
 
 def in_autocast(step: Callable[[int], None], b: Bench) -> Callable[[int], None]:
@@ -269,11 +278,11 @@ def optimizer(b: Bench) -> Iterator[dict[str, Any]]:
             made.state[weight] = {"step": torch.zeros((), device="cpu"), **zeros}
         return lambda index: made.step()
 
-    ours = TritonAdamW if b.device.type == "cuda" else AdamW
+    kind = TritonAdamW if b.device.type == "cuda" else AdamW
     contestants = {
         "torch, fused": stepping(torch.optim.AdamW, False),
-        "masked": stepping(ours, False),
-        "live moments, 75 %": stepping(ours, True),
+        "masked": stepping(kind, False),
+        "live moments, 75 %": stepping(kind, True),
     }
     yield timed("optimizer", b.turns(contestants), "torch, fused", weights=side * side)
 
@@ -300,8 +309,8 @@ def at_size(b: Bench) -> Iterator[dict[str, Any]]:
     changes = {"run.workers": 1, "training.sequences": 8, "run.device": b.device.type} | small
     config = load(PretrainConfig, [CONFIG], [f"{key}={value}" for key, value in changes.items()])
     predicted = plan(config)
-    overrides = {} if b.scale is TOY else {"n_layer": 24, "n_embd": 2048, "n_head": 16}
-    size = Size(overrides.get("n_layer", 2), overrides.get("n_embd", 64), predicted["model"]["vocabulary"], config.data.context)
+    shape = architecture(config.model, context=config.data.context)
+    size = Size(shape.n_layer, shape.n_embd, shape.vocab_size, config.data.context, shape.n_head)
     sections = config.model_dump(mode="json", include={"run", "optimizer", "training", "kernels"}) | {"kernels": "auto"}
     sections["run"] |= {"name": "at_size", "folder": str(b.folder)}
     t = assemble(b.folder / "at_size", size, 0.0, settings=sections, pruned=config.sparsity)
@@ -320,10 +329,10 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "ceilings": ceilings,
     "layers": layers,
     "steps": whole_steps,
+    "at_size": at_size,
     "attention": attention,
     "optimizer": optimizer,
     "selection": selection,
-    "at_size": at_size,
 }
 
 
@@ -331,7 +340,7 @@ def report(facts: Mapping[str, Any]) -> str:
     if "failed" in facts:
         return f"## {facts['section']}\n\nFailed: {facts['failed']}\n"
     rows = [[name, f"{1000 * median(values):.3f}", facts["ratios"][name], mib(facts, name)] for name, values in facts["seconds"].items()]
-    text = f"## {facts['section']}\n\n" + table(["", "ms", f"{facts['baseline']} / this", "peak MiB"], rows)
+    text = f"## {facts['section']}\n\n" + table(["", "ms", f"{facts['baseline']} / this", "peak MiB of its own"], rows)
     told = {key: value for key, value in facts.items() if isinstance(value, float | int)}
     text += "".join(f"\n{key}: {value:,.4g}" for key, value in told.items())
     for goal in facts["goals"]:

@@ -58,10 +58,12 @@ class Size:
     width: int
     vocabulary: int
     tokens: int
+    heads: int | None = None
+    """None: as many as have a width of 64."""
 
     @property
     def model(self) -> ModelConfig:
-        overrides = {"n_layer": self.layers, "n_embd": self.width, "n_head": max(1, self.width // 64)}
+        overrides = {"n_layer": self.layers, "n_embd": self.width, "n_head": self.heads or max(1, self.width // 64)}
         return ModelConfig(preset="gpt2-small", overrides=overrides)
 
 

@@ -116,6 +116,11 @@ def block_of(mask: Tensor) -> int | None:
     return None
 
 
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether products are float32's, and not tensor float 32's (``torch.backends.cuda.matmul.fp32_precision``)."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 def why_not(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """Runs the three products on a small weight in blocks of `size`, against float64; returns what is wrong, if anything is."""
     generator = torch.Generator().manual_seed(0)
@@ -127,8 +132,7 @@ def why_not(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     weight = weight * mask
     w, a, g = weight.double(), x.double(), dy.double()
     expected = {Use.FORWARD: a @ w.t() + bias.double(), Use.BACKWARD: g @ w, Use.GRADIENT: (g.t() @ a) * mask}
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    bound = 1e-4 if exact else 2e-2  # of the largest entry
+    bound = 1e-4 if is_exact(dtype) else 2e-2  # of the largest entry
     bits = pack(mask).to(device)
     weight, x, dy, bias = (tensor.to(device) for tensor in (weight, x, dy, bias))
     try:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from raysparse.kernels.tiles import is_exact
+
 
 def _configs(*choices: tuple[int, int, int]) -> list[triton.Config]:
     """(rows or tokens of a tile, warps, stages) each. A load of an index within a loop costs the pipeline a stage, hence many."""
@@ -108,8 +110,7 @@ def _near(tokens: int, live: int) -> tuple[int, int]:
 
 
 def _how(like: Tensor) -> dict[str, Any]:
-    exact = like.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "ieee" if exact else "tf32", "SOFT": like.device.type == "cpu"}
+    return {"PRECISION": "ieee" if is_exact(like.dtype) else "tf32", "SOFT": like.device.type == "cpu"}
 
 
 @triton.jit

@@ -135,8 +135,10 @@ def build(
         )
     if hears is not None:
         _hear_less(model, hears)
-    for parameter in model.parameters():
+    trained = {name: parameter.requires_grad for name, parameter in skeleton(config, vocab_size, context, kinds).named_parameters()}
+    for name, parameter in model.named_parameters():
         parameter.data = parameter.data.clone()  # not a view of the file: aligned (see layout), and safe if the file changes
+        parameter.requires_grad_(trained.get(name, True))  # reading forgets what a model does not train, such as Whisper's positions
     return _finished(model)
 
 

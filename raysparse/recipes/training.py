@@ -63,8 +63,8 @@ class TrainingRunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     kernels: KernelMode = "auto"
     """How sparse layers are computed: on CPUs without their zeros, on GPUs without their dead blocks. auto: each product of each layer as
-    measured to be fastest on this machine, so two runs may round differently; dense with run.parity. dense, sparse: everywhere, and equal
-    runs have equal bits."""
+    measured to be fastest on this machine, so two runs may round differently; dense with run.parity. dense, sparse: everywhere, and on
+    CPUs equal runs have equal bits."""
 
 
 def check_sizes(config: TrainingRunConfig) -> None:
@@ -153,7 +153,15 @@ def first_builds(run: Run, config: ModelConfig, seed: int, *of: Any) -> Any:
     Args:
         of: vocab_size, context and kinds.
     """
-    return alike(lambda: build(config, seed, *of) if run.rank == 0 else hollow(config, *of))
+    model = alike(lambda: build(config, seed, *of) if run.rank == 0 else hollow(config, *of))
+    here = [(name, tuple(t.shape), t.requires_grad) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    if run.world_size > 1 and any(other != here for other in gathered(here)):
+        odd = sorted({name for other in gathered(here) for name, *_ in set(other) ^ set(here)})
+        raise ConfigError(
+            f"Expected weights at {config.path} that are tied as their config says. Got others of their own: {', '.join(odd[:3])}. Set "
+            "model.overrides={tie_word_embeddings: false}, or save the model anew by transformers."
+        )
+    return model
 
 
 def assemble(job: Job, config: TrainingRunConfig, run: Run, parts: Ingredients) -> tuple[Training, State]:

@@ -11,7 +11,7 @@ import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast, overload
+from typing import IO, Any, Self, cast, overload
 
 from raysparse.config import ConfigError
 
@@ -22,10 +22,14 @@ class Lines(Sequence[bytes]):
     Args:
         descriptor: of the file, closed when the lines are gone.
         start: of the first line, bytes from the begin of the file.
+        ends: of the lines that are known, and before them `start`.
+
+    Raises:
+        OSError: by any access, if the file ends before the line does.
     """
 
-    def __init__(self, descriptor: int, start: int):
-        self._descriptor, self._ends = descriptor, array("q", [start])
+    def __init__(self, descriptor: int, start: int, ends: Sequence[int] = ()):
+        self._descriptor, self._ends = descriptor, array("q", ends or [start])
         weakref.finalize(self, os.close, descriptor)
 
     @overload
@@ -37,10 +41,18 @@ class Lines(Sequence[bytes]):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         start, end = self._ends[number : number + 2]
-        return os.pread(self._descriptor, end - start, start)
+        if len(found := os.pread(self._descriptor, end - start, start)) < end - start:
+            raise OSError(f"Expected {end - start} bytes of line {number + 2}. Got {len(found)}. Restore the file, or mend its storage.")
+        return found
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def following(self, stream: IO[bytes]) -> "Lines":
+        """These lines, in the file of `stream`: itself, or a copy that somebody put in its place."""
+        theirs, ours = os.fstat(stream.fileno()), os.fstat(self._descriptor)
+        same = (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+        return self if same else Lines(os.dup(stream.fileno()), 0, self._ends)
 
     def grew(self, size: int) -> None:
         """The file has a line more, of so many bytes."""
@@ -136,8 +148,10 @@ class Journal:
             stream.truncate()  # of a line that is torn
             stream.flush()
             os.fsync(stream.fileno())
+            lines = cast(Lines, self._lines).following(stream)
         self._end += len(written)
-        cast(Lines, self._lines).grew(len(written))
+        lines.grew(len(written))
+        self._lines = lines
         return True
 
     @property
@@ -146,9 +160,9 @@ class Journal:
         return line({"attempt": self.header["attempt"], "nonce": self.header["nonce"]})[:-2]
 
     def _recover(self) -> None:
-        content = self.path.read_bytes()
-        *lines, _torn = content.split(b"\n")
-        known = Lines(os.open(self.path, os.O_RDONLY), len(lines[0]) + 1 if lines else 0)
+        with self.path.open("rb") as stream:  # of one file, whatever takes its place meanwhile
+            *lines, _torn = stream.read().split(b"\n")
+            known = Lines(os.dup(stream.fileno()), len(lines[0]) + 1 if lines else 0)
         header, versions = {}, []
         for i, found in enumerate(lines):
             try:

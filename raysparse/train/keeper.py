@@ -96,8 +96,9 @@ class Keeper:
             )
         votes = self._gather(self._sums, self._sums, self._sums, self.topology.masks, {})
         agenda, version = self.agenda.model_dump(mode="json"), self.agenda.version(step)
-        nonce, world_size, self._lines = secrets.token_hex(8), dist.get_world_size(), history.splitlines(keepends=True)[: version + 1]
+        nonce, world_size = secrets.token_hex(8), dist.get_world_size()
         self._attempt = self._agreed(lambda manager: manager.begin(nonce, agenda, world_size, version, votes, history)).attempt
+        self._lines = [] if self._manager is None else history.splitlines(keepends=True)[: version + 1]
 
     def evolve(self, step: int, gradients: Mapping[str, Tensor]) -> Change | None:
         """Carry out the update of a step; None where it has none.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raysparse.config import ConfigError
 from raysparse.kernels import choice, library, tiles
-from raysparse.kernels.bits import pack, unpack
+from raysparse.kernels.bits import pack
 from raysparse.kernels.choice import Gains
 from raysparse.kernels.linear import DENSE, SPARSE, Products, SparseLinear, adopt
 from raysparse.sparsity.topology import Topology
@@ -52,10 +52,8 @@ def check_kernels(mode: KernelMode, run: RunConfig) -> None:
 def why_not() -> str | None:
     """Why the ranks cannot compute natively, all in the same way; None where they can. Every rank calls this."""
     reason = library.why_not()
-    builds: list[Any] = [library.variant() if reason is None else f"none ({reason})"]
-    if dist.is_initialized():
-        builds = builds * dist.get_world_size()
-        dist.all_gather_object(builds, builds[dist.get_rank()])
+    here = library.variant() if reason is None else f"none ({reason})"
+    builds = gathered(here) if dist.is_initialized() else [here]
     if len(set(builds)) > 1:
         found = ", ".join(f"rank {rank}: {build}" for rank, build in enumerate(builds))
         return f"The ranks do not share a native library: {found}; {library.CHOICE}=baseline makes them where all have one"
@@ -109,6 +107,7 @@ class Kernels:
             return None
         device = resolve_device(config)
         if device != "cpu" and importlib.util.find_spec("triton") is None:
+            run.show({"text": "kernels: dense, zeros are multiplied. There is no package triton"})
             return None
         if device == "cpu" and (reason := why_not()) is not None:
             if mode == "sparse":
@@ -128,13 +127,13 @@ class Kernels:
         Args:
             live: live weights of each layer over all ranks.
         """
-        bits = {name: sharded.whole(name, pack(topology.masks[name])).to(self._device) for name in self._layers}
         shapes = {name: topology.shapes[name] for name in self._layers}
         sparse = {name for name in self._layers if live[name] < math.prod(shapes[name])}
-        self._blocks = dict.fromkeys(sparse)
+        self._blocks = dict.fromkeys(sorted(sparse))
         if self._in_blocks:
-            self._find_blocks(bits, shapes)
+            self._find_blocks(topology.masks)
             sparse = {name for name in sparse if self._blocks[name] is not None}
+        bits = {name: sharded.whole(name, pack(topology.masks[name])).to(self._device) for name in self._layers if name in sparse}
         if self._mode == "auto":
             size = self._tokens
             self._cases = {n: choice.case(bits[n], shapes[n][1], live[n], self._dtype, size, self._blocks[n]) for n in sparse}
@@ -145,23 +144,34 @@ class Kernels:
                 products = SPARSE if self._mode == "sparse" else self._gains[self._cases[name]].products
             self._products[name] = products
             for layer in layers:
-                layer.sparsify(bits[name], self._dtype, products, self._blocks.get(name)) if products.any else layer.densify()
+                layer.sparsify(bits[name], self._dtype, products, self._blocks[name]) if products.any else layer.densify()
         self._show()
 
-    def _find_blocks(self, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Of every sparse layer; none of a size whose kernels give wrong results on any rank's GPU, or do not run there."""
-        for name in self._blocks:
-            self._blocks[name] = tiles.block_of(unpack(bits[name], shapes[name][1]))
+    def _find_blocks(self, masks: Mapping[str, Tensor]) -> None:
+        """Of every sparse layer; none of a size whose kernels give wrong results on any rank's GPU, or do not run there.
+
+        Args:
+            masks: this rank's rows; what they are made of on all ranks holds for the layer, for no rank's rows end within a block.
+        """
+        here = {name: tiles.block_of(masks[name]) or 0 for name in self._blocks}
+        found = gathered(here)
+        self._blocks = {name: min(of[name] for of in found) or None for name in here}
         for size in sorted({size for size in self._blocks.values() if size is not None} - self._wrong.keys()):
-            found = gathered(tiles.why_not(self._device, self._dtype, size))
-            self._wrong[size] = next((f"rank {rank}: {reason}" for rank, reason in enumerate(found) if reason is not None), None)
-            if (reason := self._wrong[size]) is not None:
-                self._run.show({"text": f"kernels: dense, zeros are multiplied. The start-up test of blocks failed. {reason}"})
+            reasons = gathered(tiles.why_not(self._device, self._dtype, size))
+            self._wrong[size] = next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None), None)
+            if (wrong := self._wrong[size]) is not None:
+                self._run.show({"text": f"kernels: blocks of {size} are multiplied whole, their test at the start failed. {wrong}"})
             elif size < tiles.FAST:
                 self._run.show(
                     {"text": f"kernels: no speed is to be expected of blocks of {size} on a GPU, of {tiles.FAST} and 128 there is."}
                 )
         self._blocks = {name: None if size is None or self._wrong[size] is not None else size for name, size in self._blocks.items()}
+        if self._mode == "sparse" and (dense := [name for name, size in self._blocks.items() if size is None]):
+            raise ConfigError(
+                f"Expected masks in blocks of {', '.join(map(str, tiles.SIZES))} for kernels=sparse on a GPU, and kernels for them that "
+                f"pass their test. Got neither for {len(dense)} layers, such as {dense[0]}. Use sparsity.pattern.type=block, or "
+                "kernels=auto."
+            )
 
     def begin(self, dense_gradient: bool) -> None:
         """Before the forward passes of a step: the weights may have changed since the last.

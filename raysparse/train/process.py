@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, TypeVar, cast
@@ -18,6 +19,8 @@ from raysparse.config import ConfigError
 from raysparse.sparsity.ranks import Ranks
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+"""Of collectives: the first rank reads a model while the others wait."""
 
 
 def torchrun_rank() -> tuple[int, int] | None:
@@ -37,7 +40,7 @@ def process_group(device: str) -> Iterator[None]:
     if torchrun_rank() is not None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -104,15 +107,22 @@ def gathered(value: Any) -> list[Any]:
 
 
 def alike(make: Callable[[], T]) -> T:
-    """What each rank makes. A `ConfigError` of one is raised on all, which would wait for it else. Every rank calls this."""
+    """What each rank makes. What one cannot make is raised on all, which would wait for it else. Every rank calls this.
+
+    Raises:
+        ConfigError: of any rank; also where another rank raised something else.
+    """
     made, problem = None, None
     try:
         made = make()
-    except ConfigError as error:
-        problem = str(error)
-    for found in gathered(problem):
-        if found is not None:
-            raise ConfigError(found)
+    except Exception as error:
+        problem = error
+    told = None if problem is None else str(problem) if isinstance(problem, ConfigError) else f"{type(problem).__name__}: {problem}"
+    found = [text for text in gathered(told) if text is not None]
+    if problem is not None and not isinstance(problem, ConfigError):
+        raise problem
+    if found:
+        raise ConfigError(found[0])
     return cast(T, made)
 
 

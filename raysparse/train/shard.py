@@ -407,7 +407,7 @@ def _hand_out(values: dict[str, Tensor], sharded: Sharded, device: str) -> None:
         values: by name, of the first rank, which lets go of them one after the other.
     """
     for name, part in sharded.parts.items():
-        whole = values.pop(name).to(device) if values else torch.empty(part.shape, dtype=part.local.dtype, device=device)
+        whole = values.pop(name).to(device).contiguous() if values else torch.empty(part.shape, dtype=part.local.dtype, device=device)
         dist.broadcast(whole, 0)
         part.local.copy_(whole[part.first : part.first + part.local.shape[0]] if part.shape else whole)
     for buffer in sharded.module.buffers():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raysparse.config import ConfigError
 from raysparse.kernels import tiles
 from raysparse.kernels.bits import pack
 from raysparse.kernels.linear import SPARSE as ALL_SPARSE
@@ -117,21 +118,36 @@ def test_a_run_in_blocks_trains_as_a_dense_one(tmp_path):
         assert differences(dense, blocks) == []
 
 
-def test_a_size_whose_test_fails_is_dense(monkeypatch, tmp_path):
-    monkeypatch.setattr(tiles, "why_not", lambda device, dtype, size: "no" if size == 16 else None)
-    said: list[str] = []
+class Told:
+    def __init__(self) -> None:
+        self.said: list[str] = []
 
-    class Told:
-        def show(self, fact: dict[str, Any]) -> None:
-            said.append(fact["text"])
+    def show(self, fact: dict[str, Any]) -> None:
+        self.said.append(fact["text"])
 
-    masks = {"a": mask_of(3, 3, 16, seed=1), "b": mask_of(3, 3, 32, seed=1), "c": torch.rand(32, 32) < 0.5}
-    kernels = Kernels({}, "auto", "cpu", torch.float32, 1, Told(), tmp_path / "none")  # type: ignore[arg-type]
+
+def kernels_of(masks: dict[str, Tensor], mode: str, told: Told, folder: Any) -> Kernels:
+    kernels = Kernels({}, mode, "cpu", torch.float32, 1, told, folder / "none")  # type: ignore[arg-type]
     kernels._blocks = dict.fromkeys(masks)
-    monkeypatch.setattr("raysparse.train.kernels.gathered", lambda value: [None, value])
-    kernels._find_blocks({name: pack(mask) for name, mask in masks.items()}, {name: tuple(mask.shape) for name, mask in masks.items()})
+    return kernels
+
+
+def test_a_size_whose_test_fails_is_dense(monkeypatch, tmp_path):
+    """And one that only some ranks' rows are made of."""
+    monkeypatch.setattr(tiles, "why_not", lambda device, dtype, size: "no" if size == 16 else None)
+    monkeypatch.setattr("raysparse.train.kernels.gathered", on_two_ranks)
+    told, masks = Told(), {"a": mask_of(3, 3, 16, seed=1), "b": mask_of(3, 3, 64, seed=1), "c": torch.rand(32, 32) < 0.5}
+    kernels = kernels_of(masks, "auto", told, tmp_path)
+    kernels._find_blocks(masks)
     assert kernels._blocks == {"a": None, "b": 32, "c": None}
-    assert said == [
-        "kernels: dense, zeros are multiplied. The start-up test of blocks failed. rank 1: no",
+    assert told.said == [
+        "kernels: blocks of 16 are multiplied whole, their test at the start failed. rank 1: no",
         "kernels: no speed is to be expected of blocks of 32 on a GPU, of 64 and 128 there is.",
     ]
+    with pytest.raises(ConfigError, match=r"Expected masks in blocks of 16, 32, 64, 128 for kernels=sparse .* 2 layers, such as a\."):
+        kernels_of(masks, "sparse", Told(), tmp_path)._find_blocks(masks)
+
+
+def on_two_ranks(value: Any) -> list[Any]:
+    """The other rank's part of `b` is made of blocks of 32, and nothing is wrong there."""
+    return [value | {"b": 32}, value] if isinstance(value, dict) else [None, value]

@@ -10,6 +10,7 @@ from torch import nn
 
 from raysparse.config import ConfigError
 from raysparse.models.build import ModelConfig, architecture, build, hollow, skeleton
+from raysparse.models.hub_config import ANY_KIND
 
 DEBUG = ModelConfig(preset="debug")
 NO_END: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -101,6 +102,35 @@ def test_hollow_and_build_agree():
         assert of_both[0] == of_both[1]
     assert empty.state_dict().keys() == real.state_dict().keys()
     assert empty.lm_head.weight is empty.transformer.wte.weight
+
+
+@pytest.mark.parametrize("kind", ["whisper", "t5", "gpt2"])
+def test_hollow_and_build_agree_of_what_is_read(kind, tmp_path):
+    """Reading makes new parameters of a Whisper's positions, which do not train."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        T5Config,
+        T5ForConditionalGeneration,
+        WhisperConfig,
+        WhisperForConditionalGeneration,
+    )
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model: Any = {
+        "whisper": lambda: WhisperForConditionalGeneration(
+            WhisperConfig(vocab_size=50, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=20, **sizes, **ends)
+        ),
+        "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)),
+    }[kind]()
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    empty, real = hollow(config, kinds=ANY_KIND), build(config, 0, kinds=ANY_KIND)
+    told = [[(n, t.shape, t.dtype, t.requires_grad) for n, t in (*m.named_parameters(), *m.named_buffers())] for m in (empty, real)]
+    assert told[0] == told[1]
+    assert any(not t.requires_grad for t in real.parameters()) == (kind == "whisper")
 
 
 def test_small_vocabulary_has_no_end_of_text(caplog):

@@ -274,6 +274,25 @@ def test_a_deleted_journal_comes_back_from_the_checkpoint(journal):
     assert manager.history() == history == lines(journal)[1:]
 
 
+def test_a_copy_in_the_place_of_the_journal_is_gone_on_with(journal):
+    """Restored from a backup, say: what was known stays readable, what follows is written to the copy."""
+    manager = begun(journal, 2)
+    known, content = manager.history(), journal.read_bytes()
+    journal.unlink()
+    journal.write_bytes(content)
+    assert manager.history() == known
+    assert commit(manager, 3, votes(masks_of(2), masks_of(3))).ok
+    assert manager.history() == lines(journal)[1:]
+    assert len(manager.history()) == 4
+
+
+def test_a_journal_that_lost_its_end_is_an_error_of_the_storage(journal):
+    manager = begun(journal, 2)
+    journal.write_bytes(journal.read_bytes()[:-40])
+    with pytest.raises(OSError, match=r"Expected \d+ bytes of line 4\. Got \d+\."):
+        manager.history()
+
+
 def test_a_journal_behind_the_checkpoint_is_replaced_by_its_history(journal, tmp_path):
     old = begun(journal, 1)
     ahead = begun(tmp_path / "ahead.jsonl", 3)

@@ -168,7 +168,7 @@ def measured(folder: str, die_in: int = 0) -> tuple[list[int], dict[str, str]]:
     """Train with a measurement that says sparse, sparse, dense: the tokens of each measurement here, and the layers' products."""
     calls = []
 
-    def measure(bits: torch.Tensor, cols: int, dtype: torch.dtype, tokens: int) -> Gains:
+    def measure(bits: torch.Tensor, cols: int, dtype: torch.dtype, tokens: int, block: int | None = None) -> Gains:
         calls.append(tokens)
         return Gains(2.0, 3.0, 0.5)
 
@@ -232,8 +232,10 @@ def test_without_a_library_it_is_said_once_why(tmp_path):
 
 
 def test_sparse_kernels_that_cannot_be_are_refused(monkeypatch):
-    with pytest.raises(ConfigError, match=r"Expected run.device=cpu with kernels=sparse. Got a GPU, .* Use kernels=auto."):
-        check_kernels("sparse", RunConfig(device="cuda"))
+    with monkeypatch.context() as absent:
+        absent.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"Expected the package triton for kernels=sparse on a GPU. Got none. .* kernels=auto."):
+            check_kernels("sparse", RunConfig(device="cuda"))
     monkeypatch.setattr(library, "why_not", lambda: "the reason")
     with pytest.raises(ConfigError, match=r"Expected the native kernels for kernels=sparse\. Got none: the reason\. Install g"):
         check_kernels("sparse", RunConfig(device="cpu"))

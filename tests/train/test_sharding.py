@@ -9,8 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from raysparse.config import ConfigError
 from raysparse.data.tokens import DataConfig
@@ -116,21 +117,42 @@ def test_every_rank_gets_weights_and_buffers_of_the_first(kind):
         assert torch.equal(before, after)
 
 
-def fails_on_the_second() -> str:
+def fails_on_the_second(error: Exception) -> str:
     def make() -> int:
         if dist.get_rank() == 1:
-            raise ConfigError("Expected a file. Got none.")
+            raise error
         return 0
 
     try:
         alike(make)
-    except ConfigError as error:
-        return str(error)
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
     return "nothing"
 
 
 def test_what_one_rank_cannot_read_all_ranks_tell():
-    assert spawn(fails_on_the_second, 2) == ["Expected a file. Got none."] * 2
+    assert spawn(fails_on_the_second, 2, ConfigError("Expected a file. Got none.")) == ["ConfigError: Expected a file. Got none."] * 2
+    assert spawn(fails_on_the_second, 2, MemoryError("no room")) == ["ConfigError: MemoryError: no room", "MemoryError: no room"]
+
+
+def untied(path: str) -> str:
+    with tempfile.TemporaryFile("w") as file:
+        try:
+            training.first_builds(LocalRun(Console(file)), ModelConfig(path=path), 0)
+        except ConfigError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_weights_that_are_not_tied_as_their_config_says_are_refused(tmp_path):
+    """The ranks that only have the config would not have them."""
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"lm_head.weight": torch.ones(50, 16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for said in spawn(untied, 2, str(tmp_path)):
+        assert said.startswith("Expected weights at ")
+        assert "Got others of their own: lm_head.weight. Set model.overrides={tie_word_embeddings: false}" in said
 
 
 def handed_to_fairscale(folder: str) -> tuple[dict[str, int], int, int]:
