@@ -19,7 +19,7 @@ import logging
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -101,14 +101,14 @@ class Checkpointer:
         self._staged = Event()
         self._staged.set()
 
-    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Callable[[], Mapping[str, str]] = dict) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], protect: int = 0, notes: Callable[[], Mapping[str, Iterable[str]]] = dict) -> Path:
         """Begin to save; returns the folder, which is a checkpoint once it is committed (`wait`).
 
         Older checkpoints than the newest ``keep`` are deleted after that, save the one of step `protect`.
 
         Args:
             extra: plain data, the same on every rank; ``optimizer_steps`` is how often the optimizer has stepped.
-            notes: file name -> text, to lie in the checkpoint; called on rank 0, in the background.
+            notes: file name -> pieces of text, to lie in the checkpoint; called on rank 0, in the background.
         """
         self.wait()
         path = self.path(step)
@@ -253,7 +253,7 @@ class Checkpointer:
     def _packed(self) -> dict[str, Shape]:
         return {} if self._topology is None else self._topology.shapes
 
-    def _write(self, path: Path, extra: str, protect: int, notes: Callable[[], Mapping[str, str]]) -> str | None:
+    def _write(self, path: Path, extra: str, protect: int, notes: Callable[[], Mapping[str, Iterable[str]]]) -> str | None:
         """In the background: copy this rank's part, write and commit it; what went wrong, if it was given up, is left nothing of."""
         state, partial = self._copy() | {"extra": extra}, self._folder / f".{path.name}.{self._own}"
 
@@ -285,10 +285,11 @@ class Checkpointer:
         for left in self._folder.glob(".step_*"):
             shutil.rmtree(left)
 
-    def _commit(self, partial: Path, path: Path, notes: Callable[[], Mapping[str, str]]) -> None:
+    def _commit(self, partial: Path, path: Path, notes: Callable[[], Mapping[str, Iterable[str]]]) -> None:
         """Every rank has written its part: mark it, and give it the name of a checkpoint."""
         for name, text in notes().items():
-            (partial / name).write_text(text, encoding="utf-8")
+            with (partial / name).open("w", encoding="utf-8") as stream:
+                stream.writelines(text)
         files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(partial.iterdir())}
         (partial / MARKER).write_text(json.dumps({"files": files}))
         self._guard()

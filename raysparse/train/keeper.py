@@ -9,7 +9,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -171,16 +171,18 @@ class Keeper:
         if self._manager is not None:
             self._manager.published(self._attempt, self.agenda.version(step), checkpoint)
 
-    def journal(self, step: int) -> str:
-        """The history up to `step` as a journal that `MaskManager` reads, to lie in a checkpoint; empty on other ranks than 0."""
+    def journal(self, step: int) -> Iterator[str]:
+        """The history up to `step` as a journal that `MaskManager` reads, to lie in a checkpoint, line by line; empty on other ranks than
+        0."""
         if self._manager is None:
-            return ""
+            return
         agenda = self.agenda.model_dump(mode="json")
         header = {"attempt": self._attempt, "nonce": "", "world_size": dist.get_world_size(), "agenda": agenda, "published": {}}
         stop = self.agenda.version(step) + 1
         if len(self._lines) < stop:
             self._lines += self._manager.text(len(self._lines), stop).splitlines(keepends=True)
-        return json.dumps(header) + "\n" + "".join(self._lines[:stop])
+        yield json.dumps(header) + "\n"
+        yield from self._lines[:stop]
 
     def history(self) -> list[dict[str, Any]]:
         """The committed versions, oldest first; empty on other ranks than 0."""

@@ -11,7 +11,7 @@ told to leave saves first.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -186,7 +186,7 @@ def save(t: Training, state: State, interval: Interval) -> None:
     t.run.committed(path, {"step": state.step} | state.losses)
 
 
-def _notes(t: Training, step: int) -> Callable[[], dict[str, str]]:
+def _notes(t: Training, step: int) -> Callable[[], dict[str, Iterable[str]]]:
     """What is to lie in a checkpoint of `step` besides. Long after thousands of updates: so it is put together while training goes on."""
     return lambda: {} if t.keeper is None else {HISTORY: t.keeper.journal(step)}
 
