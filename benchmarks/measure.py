@@ -85,13 +85,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(out: Path, what: str, facts: Mapping[str, Any], tables: Sequence[str]) -> Path:
-    """``<what>_<hardware>_<date>.json`` and ``.md`` in the folder `out`; returns the latter."""
+def write(out: Path, what: str, facts: Mapping[str, Any], tables: Sequence[str], indent: int | None = 1) -> Path:
+    """``<what>_<hardware>_<date>.json`` and ``.md`` in the folder `out`; returns the latter.
+
+    Args:
+        indent: of the JSON; None: all in a line, for thousands of samples.
+    """
     setting = environment()
     hardware = re.sub(r"[^a-z0-9]+", "-", f"{setting['processor']} {setting['cores']} cores".lower()).strip("-")
     stem = out / f"{what}_{hardware}_{setting['date'][:10]}"
     out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps({"environment": setting} | dict(facts), indent=1, default=asdict) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps({"environment": setting} | dict(facts), indent=indent, default=asdict) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     head = (
         f"# {what}: {setting['processor']}, {setting['cores']} cores, {setting['date'][:10]}\n\n"

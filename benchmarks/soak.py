@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables, met = report(found, values, lives)
     print("\n".join(tables))
     if args.out:
-        file = write(args.out, "soak", asdict(found) | {"folder": None, "series": values, "within_lives": lives}, tables)
+        file = write(args.out, "soak", asdict(found) | {"folder": None, "series": values, "within_lives": lives}, tables, indent=None)
         file.with_suffix(".svg").write_text(picture(found))
         file.write_text(f"{file.read_text()}\n![memory over time]({file.stem}.svg)\n")
         print(file)

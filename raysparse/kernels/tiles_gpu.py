@@ -6,6 +6,7 @@ column, for dx) by a table. So a new mask is another table: nothing is repacked 
 The interpreter multiplies the bits of bfloat16 instead of its values, and rounds to it by cutting: with SOFT it is told how.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -49,14 +50,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, cols:
     Returns:
         [tokens, out].
     """
-    tokens, width = x.shape
-    y = x.new_empty(tokens, weight.shape[0])
-    if y.numel():
-        out = weight.shape[0]
-        biased = y if bias is None else bias  # any pointer: it is not read
-        sizes = tokens, width, out, out // size, width, 1, *_near(tokens, len(cols))
-        _launch((x, weight, biased, first, cols, y, *sizes), y, size, bias is not None)
-    return y
+    return _multiplied(x, weight, weight.shape, (weight.shape[1], 1), bias, first, cols, size)
 
 
 def backward(dy: Tensor, weight: Tensor, first: Tensor, rows: Tensor, size: int) -> Tensor:
@@ -69,13 +63,7 @@ def backward(dy: Tensor, weight: Tensor, first: Tensor, rows: Tensor, size: int)
     Returns:
         [tokens, in].
     """
-    tokens, width = dy.shape
-    dx = dy.new_empty(tokens, weight.shape[1])
-    if dx.numel():
-        into = weight.shape[1]
-        sizes = tokens, width, into, into // size, 1, into, *_near(tokens, len(rows))
-        _launch((dy, weight, dx, first, rows, dx, *sizes), dx, size, False)
-    return dx
+    return _multiplied(dy, weight, weight.shape[::-1], (1, weight.shape[1]), None, first, rows, size)
 
 
 def gradient(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
@@ -95,13 +83,22 @@ def gradient(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor, size: int) -> Te
     return dw
 
 
-def _launch(arguments: tuple[Any, ...], result: Tensor, size: int, biased: bool) -> None:
-    tokens, width = result.shape
+def _multiplied(
+    x: Tensor, weight: Tensor, shape: Sequence[int], strides: tuple[int, int], bias: Tensor | None, first: Tensor, others: Tensor, size: int
+) -> Tensor:
+    """x times the transpose of the weight, seen with this shape and these strides."""
+    tokens, width = x.shape
+    y = x.new_empty(tokens, shape[0])
 
     def grid(meta: Any) -> tuple[int]:
-        return (triton.cdiv(tokens, meta["BM"]) * (width // size),)
+        return (triton.cdiv(tokens, meta["BM"]) * (shape[0] // size),)
 
-    _run(_along, grid, arguments, B=size, STEP=min(STEP[result.dtype], size), GROUP=8, BIAS=biased, **_how(result))
+    if y.numel():
+        pointers = x, weight, y if bias is None else bias, first, others, y  # without a bias any pointer: it is not read
+        sizes = tokens, width, shape[0], shape[0] // size, *strides, *_near(tokens, len(others))
+        constants = {"B": size, "STEP": min(STEP[x.dtype], size), "GROUP": 8, "BIAS": bias is not None}
+        _run(_along, grid, (*pointers, *sizes), **constants, **_how(x))
+    return y
 
 
 def _near(tokens: int, live: int) -> tuple[int, int]:

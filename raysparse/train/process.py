@@ -115,7 +115,7 @@ def alike(make: Callable[[], T]) -> T:
     made, problem = None, None
     try:
         made = make()
-    except Exception as error:
+    except Exception as error:  # raised below, once the other ranks know
         problem = error
     told = None if problem is None else str(problem) if isinstance(problem, ConfigError) else f"{type(problem).__name__}: {problem}"
     found = [text for text in gathered(told) if text is not None]
