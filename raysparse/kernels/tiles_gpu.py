@@ -32,7 +32,7 @@ STEP = {torch.bfloat16: 64, torch.float32: 32}
 """Columns of a block that a step of theirs takes."""
 ACROSS = {
     torch.bfloat16: _configs((32, 4, 4), (64, 4, 4), (64, 8, 4), (128, 8, 3)),
-    torch.float32: _configs((32, 8, 2), (64, 8, 3)),
+    torch.float32: _configs((32, 8, 2), (16, 16, 3)),
 }
 """Of dW; BM: tokens of a step. Tiles that were tried and spill registers are not here (`tests/kernels/triton_cases.py`)."""
 
