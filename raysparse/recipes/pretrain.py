@@ -15,6 +15,7 @@ from raysparse.config import Config, ConfigError, together
 from raysparse.data.sources import Hub
 from raysparse.data.tokens import DataConfig, Holdout, Prepared, TokenFeed, TokenFile, TokenValidation, num_windows, prepare
 from raysparse.kernels.bits import pack, unpack
+from raysparse.kernels.tiles import SIZES
 from raysparse.models.build import build, select, skeleton
 from raysparse.recipes import training
 from raysparse.recipes.job import Job, check_folder, open_job, opening
@@ -78,7 +79,7 @@ def agenda_of(config: PretrainConfig, model: Any, nnz: Mapping[str, int] | None 
     agenda = Agenda(
         sparsity=config.sparsity, shapes=shapes, steps=steps, tokens_per_step=tokens_per_step, seed=config.run.seed, nnz=dict(nnz or {})
     )
-    together(lambda: config.optimizer.keeps_live(agenda), lambda: SparsityPlan.build(shapes, config.sparsity))
+    together(lambda: config.optimizer.keeps_live(agenda), lambda: SparsityPlan.build(shapes, config.sparsity), lambda: check_blocks(config))
     return agenda
 
 
@@ -172,6 +173,16 @@ def dry_run(config: PretrainConfig) -> dict[str, Any]:
     facts = plan(config)
     check_sources(config.data)
     return facts
+
+
+def check_blocks(config: PretrainConfig) -> None:
+    """Raise a `ConfigError` if ``kernels=sparse`` is asked for on a GPU, of weights that do not live in blocks that it has kernels for."""
+    asked = config.kernels == "sparse" and config.sparsity.wants_masks and resolve_device(config.run) != "cpu"
+    if asked and not config.sparsity.given and config.sparsity.pattern.unit not in [(size, size) for size in SIZES]:
+        raise ConfigError(
+            f"Expected sparsity.pattern.type=block with size {', '.join(map(str, SIZES))} for kernels=sparse on a GPU. Got "
+            f"{config.sparsity.pattern.model_dump()}. Use such blocks, or kernels=auto."
+        )
 
 
 def check_sources(data: DataConfig) -> None:

@@ -13,6 +13,8 @@ from raysparse.kernels.linear import SPARSE as ALL_SPARSE
 from raysparse.kernels.linear import adopt
 from raysparse.kernels.stream import Use
 from raysparse.kernels.tiles import SIZES, Tiles, block_of, why_not
+from raysparse.models.build import skeleton
+from raysparse.recipes.pretrain import PretrainConfig, agenda_of, check_blocks
 from raysparse.train.kernels import Kernels
 from tests.ranks import spawn
 from tests.train.steps import differences, run
@@ -151,3 +153,16 @@ def test_a_size_whose_test_fails_is_dense(monkeypatch, tmp_path):
 def on_two_ranks(value: Any) -> list[Any]:
     """The other rank's part of `b` is made of blocks of 32, and nothing is wrong there."""
     return [value | {"b": 32}, value] if isinstance(value, dict) else [None, value]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"), [({"type": "unstructured"}, False), ({"type": "block", "size": 8}, False), ({"type": "block", "size": 64}, True)]
+)
+def test_sparse_kernels_on_a_gpu_want_blocks_before_anything_starts(pattern, fits):
+    values = {"model": {"preset": "debug"}, "data": {"train": {"type": "python_stdlib"}}, "kernels": "sparse", "run": {"device": "cuda"}}
+    config = PretrainConfig.check(values | {"sparsity": {"target": 0.5, "pattern": pattern}})
+    if fits:
+        check_blocks(config)
+        return
+    with pytest.raises(ConfigError, match="Expected sparsity.pattern.type=block with size 16, 32, 64, 128 for kernels=sparse on a GPU"):
+        agenda_of(config, skeleton(config.model, 512, config.data.context))
