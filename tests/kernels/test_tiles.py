@@ -164,5 +164,5 @@ def test_sparse_kernels_on_a_gpu_want_blocks_before_anything_starts(pattern, fit
     if fits:
         check_blocks(config)
         return
-    with pytest.raises(ConfigError, match="Expected sparsity.pattern.type=block with size 16, 32, 64, 128 for kernels=sparse on a GPU"):
+    with pytest.raises(ConfigError, match=r"Expected sparsity\.pattern\.type=block with size 16, 32, 64, 128 for kernels=sparse on a GPU"):
         agenda_of(config, skeleton(config.model, 512, config.data.context))
